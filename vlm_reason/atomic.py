@@ -1,4 +1,4 @@
-"""Write a file so that a reader, or a restart after a kill, sees the old bytes or the new ones, never a part."""
+"""Write a file so that a reader, or a restart after a kill, sees the old bytes or the new ones, no part."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write beside `path`, fsync, rename over it. Makes the folder. On any error the temporary file is removed and
-    `path` is as it was; the OSError (a full disk, no permission) goes to the caller."""
+    """Write beside `path`, fsync, rename over it. Makes the folder. On any error the temporary file is
+    removed and `path` is as it was; the OSError (a full disk, no permission) goes to the caller."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content

@@ -1,10 +1,11 @@
 """Configuration: frozen dataclasses <-> YAML files and `key=value` arguments.
 
-    data = load_config("recipe.yaml", ["trainer.learning_rate=1e-4", "seed=3"])     # a plain dict
-    config = from_dict(RunConfig, data)                                             # checked, typed, frozen
-    save_resolved(config, config.output_dir)                                        # config.yaml beside the outputs
+    data = load_config("recipe.yaml", ["trainer.learning_rate=1e-4", "seed=3"])  # a plain dict
+    config = from_dict(RunConfig, data)                                          # checked, typed, frozen
+    save_resolved(config, config.output_dir)                                     # config.yaml beside the output
 
-A key nobody knows is an error that names the nearest one; so is a value of the wrong type. Nothing is dropped silently.
+A key nobody knows is an error that names the nearest one; so is a value of the wrong type. Nothing is
+dropped silently.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, as the commands read it. The sections stay plain dicts here: each is built into the dataclass of the
-    module that owns it (`task` by vlm_reason.tasks, `engine` by vlm_reason.engines, ...), with the same checks.
+    """One run, as the commands read it. The sections stay plain dicts here: each is built into the dataclass
+    of the module that owns it (`task` by vlm_reason.tasks, `engine` by vlm_reason.engines, ...), with the
+    same checks.
 
     kind        what is latent; `trace` is the chain of thought
     model       hub id, folder, or a built-in alias
@@ -62,7 +64,7 @@ class RunConfig:
             raise UserError(f"shots must be >= 0, got {self.shots}")
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------- reading
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,14 +141,15 @@ def _copy(value: Any) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------- dict -> dataclass
+# -------------------------------------------------------------------------------- dict -> dataclass
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """Build dataclass `cls` (nested ones too) from a plain mapping. `where` is the dotted place named in errors.
+    """Build dataclass `cls` (nested ones too) from a plain mapping. `where` is the place named in errors.
 
-    Numbers may be written as strings YAML does not read as numbers (`1e-3`); a float with an integral value is taken
-    for an int; bools are never numbers. Raises UserError for an unknown key, a missing one, or a wrong type.
+    Numbers may be written as strings YAML does not read as numbers (`1e-3`); a float with an integral value
+    is taken for an int; bools are never numbers. Raises UserError for an unknown key, a missing one, or a
+    wrong type.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where or 'config'}: expected a section with keys, got {data!r} ({_kind(data)})")
@@ -323,11 +326,12 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-# ------------------------------------------------------------------------------------------- dataclass -> dict
+# -------------------------------------------------------------------------------- dataclass -> dict
 
 
 def to_dict(config: Any) -> Any:
-    """Plain dicts, lists and scalars, in the order of the fields: what YAML and JSON can write, and `from_dict` read."""
+    """Plain dicts, lists and scalars, in the order of the fields: what YAML and JSON can write, and
+    `from_dict` read."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):

@@ -3,9 +3,9 @@
     z_k ~ r_k(z | prompt_k)                 until the trace closes itself, the text ends, or the cap
     y_km ~ pi(y | x, z_k)                   behind prior prompt + z_k + answer cue, for complete z_k only
 
-The answer is always asked of the reasoning model behind the *prior* prompt, also when the trace was drawn behind a hint:
-that is the quantity the evidence needs, and the only one that says how the model will be used. Ids are concatenated,
-never re-tokenised.
+The answer is always asked of the reasoning model behind the *prior* prompt, also when the trace was drawn
+behind a hint: that is the quantity the evidence needs, and the only one that says how the model will be used.
+Ids are concatenated, never re-tokenised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..types import Completion, Problem, Trace, TraceGroup
 from .base import Engine, Law, SampleRequest, StopRule
 from .seeds import Stream, counter_seed
-
 
 REASONER = Law("reasoner")
 
@@ -73,12 +72,12 @@ def roll_out(
     answer_law: Law = REASONER,
     progress: str | None = None,
 ) -> list[TraceGroup]:
-    """K = len(plan) traces a problem, trace k drawn as plan[k], and M = `answers_per_trace` answers behind each
-    complete trace (an incomplete one gets none: a cut trace is never scored as if it were whole).
+    """K = len(plan) traces a problem, trace k drawn as plan[k], and M = `answers_per_trace` answers behind
+    each complete trace (an incomplete one gets none: a cut trace is never scored as if it were whole).
 
-    Seeds: counter_seed(run_seed, stream, policy_version, problem id, visit, k, m) with m = 0 for the trace and
-    m = 1..M for its answers. `visit` counts how often a problem came by, one number or one a problem; a problem twice
-    in one call with the same visit would repeat its samples and is refused.
+    Seeds: counter_seed(run_seed, stream, policy_version, problem id, visit, k, m), m = 0 for the trace and
+    m = 1..M for its answers. `visit` counts how often a problem came by, one number or one a problem; a
+    problem twice in one call with the same visit would repeat its samples and is refused.
 
     Returns one TraceGroup a problem, in order. Raises UserError for K < 1, M < 0 or a cap < 1.
     """
