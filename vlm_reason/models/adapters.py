@@ -1,0 +1,192 @@
+"""Two LoRA adapters, `reasoner` and `posterior`, on one frozen base model (Hu et al. 2021, through PEFT).
+
+    W' = W + (alpha / r) B A        A [r, in] ~ kaiming uniform, B [out, r] = 0: both start as the base model
+
+One set of base weights serves three models: pi (reasoner), q (posterior), and the reference (no adapter). Adapter
+weights are fp32 whatever the base is, so that small updates are not lost to rounding.
+
+Full weights: a model without adapters is accepted everywhere here as the one and only `reasoner`. It has no
+posterior and no reference; asking for either is an error, never the wrong weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import UserError, nearest
+
+REASONER = "reasoner"
+POSTERIOR = "posterior"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """r: rank. alpha: scale (the update is multiplied by alpha / r). target_modules: `all-linear` (every linear layer
+    except the LM head) or module names. seed: of the initial A; adapter names enter the seed, so the two differ."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"adapter rank r must be >= 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter dropout must be in [0, 1), got {self.dropout}")
+
+
+def add_adapters(
+    model: nn.Module, config: AdapterConfig | None = None, names: Sequence[str] = (REASONER, POSTERIOR)
+) -> PeftModel:
+    """Wrap `model` with one adapter a name; the first becomes active. The base is frozen, every adapter trainable."""
+    if isinstance(model, PeftModel):
+        raise UserError(f"the model already has adapters {sorted(model.peft_config)}")
+    config = config or AdapterConfig()
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):  # PEFT draws initial values of its own; ours replace them
+        wrapped = get_peft_model(model, _lora_config(config, config.target_modules), adapter_name=names[0])
+        resolved = tuple(sorted(cast(LoraConfig, wrapped.peft_config[names[0]]).target_modules or ()))
+        for name in names[1:]:
+            wrapped.add_adapter(name, _lora_config(config, resolved))
+    for name in names:
+        reset_adapter(wrapped, name, config.seed)
+    trainable(wrapped, names)
+    return wrapped
+
+
+def reset_adapter(model: PeftModel, name: str, seed: int) -> None:
+    """Initial values of adapter `name`: B = 0, A ~ U(-b, b) with b = 1 / sqrt(in), the law PEFT itself uses.
+
+    Every matrix has its own generator, seeded by (seed, its full name): the values depend neither on the global RNG
+    state nor on what was initialised before, and the two adapters differ.
+    """
+    for key, parameter in adapter_parameters(model, name).items():
+        with torch.no_grad():
+            if ".lora_A." in key:
+                digest = hashlib.blake2b(f"{seed}\x1f{key}".encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+                bound = parameter.shape[1] ** -0.5
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            else:
+                parameter.zero_()
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Run the block under adapter `name`; None is the frozen base. Afterwards (also after an error) whatever was
+    active before is active again.
+
+    `requires_grad` stays the caller's business throughout: PEFT's own switch makes the active adapter trainable and
+    freezes the others, which is undone at once. A model without adapters serves `reasoner` only.
+    """
+    if not isinstance(model, PeftModel):
+        if name != REASONER:
+            raise UserError(
+                f"a model with full weights has no adapter {name!r}, only {REASONER!r}: "
+                "add adapters to have a posterior and a base reference"
+            )
+        yield
+        return
+    active, disabled = model.active_adapter, _is_disabled(model)
+    target = active if name is None else _known(model, name)
+    try:
+        _switch(model, target, disabled=name is None)
+        yield
+    finally:
+        _switch(model, active, disabled=disabled)
+
+
+def trainable(model: nn.Module, names: Iterable[str]) -> None:
+    """Exactly these adapters require grad; the base and the other adapters do not. With full weights `reasoner`
+    stands for every weight, and an empty `names` freezes them all."""
+    names = tuple(names)
+    chosen = {id(p) for name in names for p in adapter_parameters(model, name).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of adapter `name` by their full name, in module order (all parameters, with full weights)."""
+    if not isinstance(model, PeftModel):
+        if name != REASONER:
+            raise UserError(f"a model with full weights has no adapter {name!r}, only {REASONER!r}")
+        return dict(model.named_parameters())
+    _known(model, name)
+    return {k: p for k, p in model.named_parameters() if "lora_" in k and name in k.split(".")}
+
+
+def save_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | None = None) -> None:
+    """Write every adapter to `folder/<name>/`, a stock PEFT folder (`adapter_config.json` and
+    `adapter_model.safetensors`) that `PeftModel.from_pretrained(base, folder / name)` loads."""
+    names = list(model.peft_config) if names is None else [_known(model, name) for name in names]
+    # "auto" would ask the hub for the base model's vocabulary size; adapters here never touch the embeddings.
+    model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+
+
+def load_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | None = None) -> None:
+    """Copy the adapters saved under `folder` into `model` in place, bit for bit; flags and active adapter stay."""
+    for name in list(model.peft_config) if names is None else names:
+        path = Path(folder) / _known(model, name) / "adapter_model.safetensors"
+        if not path.is_file():
+            raise UserError(f"no adapter {name!r} in {folder}: {path.name} is missing there")
+        saved = load_file(path)
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        wrong = sorted(
+            key
+            for key in own.keys() | saved.keys()
+            if key not in own or key not in saved or own[key].shape != saved[key].shape
+        )
+        if wrong:
+            raise UserError(
+                f"adapter {name!r} in {folder} does not fit the model: {len(wrong)} of {len(own)} tensors differ in "
+                f"name or shape, the first is {wrong[0]!r}; use the rank and target modules it was trained with"
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(saved[key])
+
+
+def _lora_config(config: AdapterConfig, target_modules: str | tuple[str, ...]) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        bias="none",
+    )
+
+
+def _known(model: PeftModel, name: str) -> str:
+    if name not in model.peft_config:
+        raise UserError(f"the model has no adapter {name!r}{nearest(name, model.peft_config)}")
+    return name
+
+
+def _is_disabled(model: PeftModel) -> bool:
+    return next(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+def _switch(model: PeftModel, active: str, disabled: bool) -> None:
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    layers = cast(BaseTuner, model.base_model)
+    layers.enable_adapter_layers()
+    model.set_adapter(active)
+    if disabled:
+        layers.disable_adapter_layers()
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
