@@ -32,6 +32,17 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class StopRule:
+    """When a segment ends: at the first token after which the decoded text holds one of `strings` (finish `stop`; the
+    token that completed it belongs to the segment), or at an id of `eos` (finish `eos`), or at the cap (`length`)."""
+
+    strings: tuple[str, ...] = ()
+    eos: tuple[int, ...] = ()
+    eos_is_stop: bool = False
+    """True for the last segment (the answer): there, the end of text closes the segment and finish is `stop`."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """What an engine returns for one request. `logps[t]` is the log-probability of `ids[t]` under the law that
     sampled it (temperature and top-p applied), in nats; the end marker's tokens are part of `ids`."""

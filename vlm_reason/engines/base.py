@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..types import Completion
+from ..types import Completion, StopRule
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,6 @@ class Law:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """When a segment ends: at the first token after which the decoded text holds one of `strings` (finish `stop`; the
-    token that completed it belongs to the segment), or at an id of `eos` (finish `eos`), or at the cap (`length`)."""
-
-    strings: tuple[str, ...] = ()
-    eos: tuple[int, ...] = ()
-    eos_is_stop: bool = False
-    """True for the last segment (the answer): there, the end of text closes the segment and finish is `stop`."""
 
 
 @dataclass(frozen=True)
