@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..types import Completion, StopRule
+from ..types import Completion
+from ..types import StopRule as StopRule
 
 
 @dataclass(frozen=True)
