@@ -2,7 +2,7 @@
 
     data = load_config("recipe.yaml", ["trainer.learning_rate=1e-4", "seed=3"])  # a plain dict
     config = from_dict(RunConfig, data)                                          # checked, typed, frozen
-    save_resolved(config, config.output_dir)                                     # config.yaml beside the output
+    save_resolved(config, config.output_dir)                                     # config.yaml beside outputs
 
 A key nobody knows is an error that names the nearest one; so is a value of the wrong type. Nothing is
 dropped silently.
@@ -154,7 +154,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise UserError(f"{where or 'config'}: expected a section with keys, got {data!r} ({_kind(data)})")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = _type_hints(cls)
+    hints: dict[str, Any] = _type_hints(cls)  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise UserError(f"unknown config key {_join(where, str(key))!r}{nearest(str(key), fields)}")
@@ -315,11 +315,10 @@ def _wrong(where: str, expected: str, value: Any) -> UserError:
 
 
 def _kind(value: Any) -> str:
-    return (
-        "null"
-        if value is None
-        else {dict: "a section", list: "a list", str: "text"}.get(type(value)) or type(value).__name__
-    )
+    if value is None:
+        return "null"
+    names: dict[type, str] = {dict: "a section", list: "a list", str: "text"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _join(where: str, key: str) -> str:
