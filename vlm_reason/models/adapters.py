@@ -5,13 +5,15 @@
 One set of base weights serves three models: pi (reasoner), q (posterior), and the reference (no adapter). Adapter
 weights are fp32 whatever the base is, so that small updates are not lost to rounding.
 
-Full weights: a model without adapters is accepted everywhere here as the one and only `reasoner`. It has no
-posterior and no reference; asking for either is an error, never the wrong weights.
+Full weights: a model without adapters is accepted as the one and only `reasoner`. Until `trainable` marks it for
+training it also serves as its own base (name None); after that the base no longer exists, and asking for it, or for a
+posterior, is an error, never the wrong weights.
 """
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ from ..errors import UserError, nearest
 
 REASONER = "reasoner"
 POSTERIOR = "posterior"
+
+_FULL_WEIGHTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models without adapters whose own weights are being trained: they have no frozen base any more."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,14 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     active before is active again.
 
     `requires_grad` stays the caller's business throughout: PEFT's own switch makes the active adapter trainable and
-    freezes the others, which is undone at once. A model without adapters serves `reasoner` only.
+    freezes the others, which is undone at once. With gradient checkpointing, run `backward` inside the block too: the
+    recomputation uses whichever adapter is active then.
     """
     if not isinstance(model, PeftModel):
-        if name != REASONER:
+        if name != REASONER and (name is not None or model in _FULL_WEIGHTS):
+            what = "frozen base" if name is None else f"adapter {name!r}"
             raise UserError(
-                f"a model with full weights has no adapter {name!r}, only {REASONER!r}: "
+                f"a model with full weights has no {what}, only {REASONER!r}: "
                 "add adapters to have a posterior and a base reference"
             )
         yield
@@ -114,6 +121,8 @@ def trainable(model: nn.Module, names: Iterable[str]) -> None:
     """Exactly these adapters require grad; the base and the other adapters do not. With full weights `reasoner`
     stands for every weight, and an empty `names` freezes them all."""
     names = tuple(names)
+    if names and not isinstance(model, PeftModel):
+        _FULL_WEIGHTS.add(model)
     chosen = {id(p) for name in names for p in adapter_parameters(model, name).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)

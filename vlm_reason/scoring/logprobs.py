@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..models.attention import folded_attention
+
 TokenPair = tuple[Sequence[int], Sequence[int]]
 """(context_ids, target_ids)"""
 
@@ -51,7 +53,8 @@ def score_sequences(
 
     input_ids, rows, targets = _pack(sequences, device)
     causal = unwrap(model)
-    hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [N, S, H]
+    with folded_attention(causal):
+        hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [N, S, H]
     picked = hidden.flatten(0, 1).index_select(0, rows)  # [R, H]
     logp = head_logprobs(causal, picked, targets, temperature, top_p)  # [R]
     return torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_scatter(mask, logp), mask

@@ -1,0 +1,293 @@
+"""The `hf` engine: batched, KV-cached sampling and scoring with a transformers model in this process.
+
+What it does beyond `model.generate`: a seed per request, log-probabilities of the law that sampled, prompts that are
+equal or share a prefix are run once, finished rows leave the batch, grouped heads are not copied (models/attention.py),
+the cache is not copied at every step (cache.py). When not to use it: on a GPU with more than a few thousand samples a
+step, where vLLM's paged continuous batching wins.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..models.adapters import use_adapter
+from ..models.attention import folded_attention
+from ..scoring.logprobs import head_logits, microbatches, score_sequences, unwrap
+from ..types import Completion, Finish
+from .base import Law, SampleRequest, ScoreRequest
+from .cache import new_cache, select, shares_prefixes
+from .draw import StopDetector, decode, draw, uniforms
+
+MIN_SHARED = 8
+"""A common prefix shorter than this is not worth a forward pass of its own."""
+
+DROP_SHARE = 8
+"""Finished rows leave once they are 1/8 of the batch: to leave copies the cache, to stay wastes a share of the step."""
+
+
+class HFEngine:
+    """Sample and score with `model` (a transformers causal language model, with PEFT adapters or without).
+
+    batch_size: rows decoded together. score_tokens: padded tokens scored together. Results do not depend on either,
+    nor on the order or company of requests, up to floating point. Text is generated until the stop rule, `max_tokens`
+    or the model's context is reached (finish `length` in both last cases).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        score_tokens: int = 8192,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be >= 1, got {batch_size}")
+        if score_tokens < 1:
+            raise UserError(f"score_tokens must be >= 1, got {score_tokens}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.score_tokens = score_tokens
+        self._stops = StopDetector(tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens the model was built for, None if its config does not say."""
+        return getattr(unwrap(self.model).config.get_text_config(), "max_position_embeddings", None)
+
+    @torch.no_grad()  # not inference_mode: buffers a model refreshes in forward must stay usable in training
+    def sample(self, requests: Sequence[SampleRequest], progress: str | None = None) -> list[Completion]:
+        self._check_sample(requests)
+        results: dict[int, Completion] = {}
+        with _bar(progress, len(requests)) as bar:
+            for law, indices in _by_law([r.law for r in requests]):
+                # Equal prompts become neighbours, lengths rise: batches share prefills and carry little padding.
+                indices = sorted(
+                    indices, key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids, i)
+                )
+                with self._serving(law):
+                    for start in range(0, len(indices), self.batch_size):
+                        chosen = indices[start : start + self.batch_size]
+                        batch = [requests[i] for i in chosen]
+                        results.update(zip(chosen, self._sample_batch(batch, law, bar), strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[ScoreRequest], progress: str | None = None) -> list[tuple[float, ...]]:
+        self._check_score(requests)
+        results: dict[int, tuple[float, ...]] = {}
+        with _bar(progress, len(requests)) as bar:
+            for law, indices in _by_law([r.law for r in requests]):
+                lengths = [len(requests[i].context_ids) + len(requests[i].target_ids) for i in indices]
+                with self._serving(law):
+                    for chosen in microbatches(lengths, self.score_tokens):
+                        batch = [requests[indices[j]] for j in chosen]
+                        pairs = [(r.context_ids, r.target_ids) for r in batch]
+                        logps = score_sequences(self.model, pairs, law.temperature, law.top_p)[0].tolist()
+                        for j, request, row in zip(chosen, batch, logps, strict=True):
+                            results[indices[j]] = tuple(row[: len(request.target_ids)])
+                        bar.update(len(chosen))
+        return [results[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _serving(self, law: Law) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(use_adapter(self.model, law.adapter))
+            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(folded_attention(unwrap(self.model)))
+            yield
+
+    def _sample_batch(self, requests: list[SampleRequest], law: Law, bar: tqdm) -> list[Completion]:
+        causal = unwrap(self.model)
+        device = next(causal.parameters()).device
+        caps = [self._cap(r) for r in requests]
+        steps = max(caps)
+        table = np.stack(
+            [np.resize(uniforms(r.seed, cap), steps) for r, cap in zip(requests, caps, strict=True)]
+        )
+        u = torch.from_numpy(table).to(device)  # [B, steps]; a row past its cap is never read
+        rows = [_Row() for _ in requests]
+        state = _prefill(causal, [r.prompt_ids for r in requests], device)
+        live = list(range(len(requests)))  # batch row b of the model is request live[b]
+        for step in range(steps):
+            tokens, logps = draw(state.logits, u[live, step], law)
+            for b, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
+                row = rows[live[b]]
+                if row.finish is None:
+                    row.ids.append(token)
+                    row.logps.append(logp)
+                    row.finish = self._finish(requests[live[b]], row.ids, caps[live[b]])
+                    bar.update(row.finish is not None)
+            keep = [b for b, i in enumerate(live) if rows[i].finish is None]
+            if not keep:
+                break
+            if (len(live) - len(keep)) * DROP_SHARE >= len(live):
+                live = [live[b] for b in keep]
+                state = state.select(keep)
+                tokens = tokens[torch.tensor(keep, device=device)]
+            state = _decode(causal, state, tokens)
+        return [self._completion(r, row) for r, row in zip(requests, rows, strict=True)]
+
+    def _finish(self, request: SampleRequest, ids: list[int], cap: int) -> Finish | None:
+        rule = request.stop
+        if rule.strings and self._stops.hit(ids, rule.strings):
+            return "stop"
+        if ids[-1] in rule.eos:
+            return "stop" if rule.eos_is_stop else "eos"
+        return "length" if len(ids) >= cap else None
+
+    def _completion(self, request: SampleRequest, row: _Row) -> Completion:
+        assert row.finish is not None
+        text = decode(self.tokenizer, row.ids, special=False)
+        return Completion(tuple(row.ids), tuple(row.logps), text, row.finish, request.seed)
+
+    def _cap(self, request: SampleRequest) -> int:
+        room = request.max_tokens if self.context is None else self.context - len(request.prompt_ids)
+        return min(request.max_tokens, room)
+
+    def _check_sample(self, requests: Sequence[SampleRequest]) -> None:
+        for i, request in enumerate(requests):
+            if not request.prompt_ids:
+                raise UserError(f"sample request {i} has an empty prompt; give at least one token")
+            if request.max_tokens < 1:
+                raise UserError(f"sample request {i}: max_tokens must be >= 1, got {request.max_tokens}")
+            if any(not s for s in request.stop.strings):
+                raise UserError(f"sample request {i} has an empty stop string, which every text holds")
+            if self._cap(request) < 1:
+                raise UserError(
+                    f"sample request {i}: the prompt has {len(request.prompt_ids)} tokens and the model's context is "
+                    f"{self.context}; shorten the prompt (it is never truncated silently)"
+                )
+
+    def _check_score(self, requests: Sequence[ScoreRequest]) -> None:
+        for i, request in enumerate(requests):
+            if not request.context_ids:
+                raise UserError(f"score request {i} has an empty context; give at least one token")
+            total = len(request.context_ids) + len(request.target_ids)
+            if self.context is not None and total > self.context + 1:  # the last target is never an input
+                raise UserError(
+                    f"score request {i}: context and target have {total} tokens and the model's context is "
+                    f"{self.context}; shorten them (nothing is truncated silently)"
+                )
+
+
+@dataclass
+class _Row:
+    """What one request has produced so far."""
+
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """Between two steps. logits [B, V] of the next token; position [B] that token will have; mask [B, L] of the cache,
+    None when no slot is padding."""
+
+    cache: Cache
+    logits: Tensor
+    position: Tensor
+    mask: Tensor | None
+
+    def select(self, rows: list[int]) -> _State:
+        index = torch.tensor(rows, device=self.logits.device)
+        select(self.cache, rows, self.logits.device)
+        mask = None if self.mask is None else self.mask[index]
+        return _State(self.cache, self.logits[index], self.position[index], mask)
+
+
+def _prefill(causal: PreTrainedModel, prompts: list[tuple[int, ...]], device: torch.device) -> _State:
+    """Run every distinct prompt once, and what all of them have in common once for all.
+
+    Cache layout: [common prefix][left padding][rest of the prompt], so that the last token of every row is in the last
+    slot; positions skip the padding.
+    """
+    unique = list(dict.fromkeys(prompts))
+    cache = new_cache(causal.config)
+    shared = _common_prefix(unique) if len(unique) > 1 and shares_prefixes(cache) else 0
+    if shared >= MIN_SHARED:
+        _backbone(causal, torch.tensor([unique[0][:shared]], device=device), cache, None, None)
+        select(cache, [0] * len(unique), device)
+    else:
+        shared = 0
+    width = max(map(len, unique)) - shared
+    ids = torch.zeros(len(unique), width, dtype=torch.long)
+    mask = torch.zeros(len(unique), shared + width, dtype=torch.bool)
+    for n, prompt in enumerate(unique):
+        rest = prompt[shared:]
+        ids[n, width - len(rest) :] = torch.tensor(rest)
+        mask[n, :shared] = True
+        mask[n, shared + width - len(rest) :] = True
+    ids, mask = ids.to(device), mask.to(device)
+    position = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    kept = None if bool(mask.all()) else mask
+    hidden = _backbone(causal, ids, cache, kept, position)
+    state = _State(cache, head_logits(causal, hidden[:, -1]), position[:, -1] + 1, kept)
+    where = {prompt: n for n, prompt in enumerate(unique)}
+    return state if len(unique) == len(prompts) else state.select([where[p] for p in prompts])
+
+
+def _decode(causal: PreTrainedModel, state: _State, tokens: Tensor) -> _State:
+    mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, 1), value=True)
+    context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    position = (
+        state.position.clamp_max(context - 1) if context else state.position
+    )  # finished rows may run past it
+    hidden = _backbone(causal, tokens[:, None], state.cache, mask, position[:, None])
+    return _State(state.cache, head_logits(causal, hidden[:, -1]), state.position + 1, mask)
+
+
+def _backbone(
+    causal: PreTrainedModel, ids: Tensor, cache: Cache, mask: Tensor | None, position: Tensor | None
+) -> Tensor:
+    """Hidden states [B, S, H]; only the rows that matter meet the LM head afterwards."""
+    return causal.get_decoder()(
+        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+
+
+def _common_prefix(prompts: list[tuple[int, ...]]) -> int:
+    """Length of what all prompts begin with, leaving every prompt at least one token of its own."""
+    first, last = min(prompts), max(prompts)  # the lexicographic extremes differ first where any two do
+    limit = min(map(len, prompts)) - 1
+    return next((t for t in range(limit) if first[t] != last[t]), limit)
+
+
+def _by_law(laws: list[Law]) -> Iterator[tuple[Law, list[int]]]:
+    for law in dict.fromkeys(laws):
+        yield law, [i for i, other in enumerate(laws) if other == law]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; every module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _bar(label: str | None, total: int) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=label,
+        unit="seq",
+        file=sys.stderr,
+        disable=label is None,
+        leave=False,
+        mininterval=0.5,
+    )
