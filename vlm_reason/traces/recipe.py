@@ -52,17 +52,18 @@ class Proposal:
 
         log r(z) = logsumexp_c [ log share_c + log r_c(z) ]        (the balance heuristic, Veach & Guibas 1995)
 
-    `dataset`: traces come with the problems (`Problem.metadata["rationale"]`), r = 1. `chain`: one of the K is the
-    problem's stored chain. `greedy`: temperature 0 (STaR).
+    `dataset`: traces come with the problems (`Problem.metadata["rationale"]` or `["traces"]`), r = 1; `empty`: the one
+    trace is the empty one. `chain`: the problem's stored chain joins the K. `greedy`: temperature 0 (STaR).
     """
 
     components: tuple[Component, ...] = (Component(),)
     dataset: bool = False
+    empty: bool = False
     chain: bool = False
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        if not self.dataset and not self.components:
+        if not (self.dataset or self.empty) and not self.components:
             raise UserError("a proposal needs at least one component (or dataset=True)")
         if any(c.share <= 0 for c in self.components):
             raise UserError(f"component shares must be > 0, got {[c.share for c in self.components]}")
@@ -73,10 +74,7 @@ HINTED = Proposal((Component("reasoner", "hinted"),))
 POSTERIOR = Proposal((Component("posterior", "hinted"),))
 FROZEN = Proposal((Component("base", "prior"),))
 DATASET = Proposal((), dataset=True)
-
-
-def mixture(*components: Component) -> Proposal:
-    return Proposal(components)
+EMPTY = Proposal((), empty=True)
 
 
 EvidenceKind = Literal[
@@ -124,9 +122,9 @@ class Phase:
     trains   which adapters receive gradient.
     targets  what c_y multiplies: `gold` the reference answer (M = 1), `sampled` the M sampled answers, `none`.
     needs    which scoring passes `weigh` reads: "logp_prior", "logq", "logp_answer", "logp_ref", "logp_empty".
-    steps    optimiser steps this phase takes per round, None = the config's `steps_per_round`.
-    kl       weight of KL(pi || pi_ref) on the trained traces (estimator k3), 0 = off.
-    clip     PPO-style ratio clip for reuse of a window, None = off.
+    windows  windows of problems this phase samples and trains on per round.
+    kl       weight of KL(pi || pi_ref) on the trained tokens (estimator k3 of Schulman 2020), 0 = off.
+    clip     half-width of the PPO ratio clip when a window is reused over several steps, None = off.
     """
 
     name: str
@@ -137,7 +135,7 @@ class Phase:
     targets: Literal["gold", "sampled", "none"] = "sampled"
     needs: frozenset[str] = frozenset()
     null_group: NullGroup = "skip"
-    steps: int | None = None
+    windows: int = 1
     kl: float = 0.0
     clip: float | None = None
 

@@ -1,0 +1,129 @@
+"""The part of a checkpoint that transformers does not write: the window in hand, the presets' state, the chains.
+
+A checkpoint is written to a folder whose name no reader looks for and renamed when it is whole, so `latest_checkpoint`
+never meets half of one. Numbers go through JSON: a float's shortest repr reads back as the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import UserError
+from .recipe import State
+from .replay import ChainMemory
+from .rows import Row
+from .window import Window
+
+STATE_FILE = "trace_state.json"
+TENSOR_FILE = "trace_state.safetensors"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def save_trace_state(
+    folder: str | Path, window: Window | None, states: Sequence[State], memory: ChainMemory, identity: dict[str, Any]
+) -> None:
+    """Write the trace state into `folder` (a checkpoint still under its temporary name). `identity` names the run
+    (recipe, seed, sizes): resuming under another one is refused."""
+    tensors = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if torch.is_tensor(v)}
+    plain = [{k: v for k, v in state.items() if not torch.is_tensor(v)} for state in states]
+    body = {
+        "format": FORMAT,
+        "identity": identity,
+        "window": None if window is None else _window_to_json(window),
+        "states": plain,
+        "chains": memory.to_json(),
+    }
+    folder = Path(folder)
+    (folder / STATE_FILE).write_text(json.dumps(body))
+    save_file(tensors, folder / TENSOR_FILE)
+
+
+def load_trace_state(
+    folder: str | Path, identity: dict[str, Any]
+) -> tuple[Window | None, list[State], ChainMemory]:
+    """Read back what `save_trace_state` wrote. UserError when it belongs to another run."""
+    folder = Path(folder)
+    try:
+        body = json.loads((folder / STATE_FILE).read_text())
+        tensors = load_file(folder / TENSOR_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} cannot be read ({error}); delete it to resume from an earlier one") from error
+    different = sorted(k for k in identity if body["identity"].get(k) != identity[k])
+    if different:
+        key = different[0]
+        raise UserError(
+            f"checkpoint {folder} was made with {key} = {body['identity'].get(key)!r}, this run has {identity[key]!r}: "
+            "choose another output_dir, or resume with the settings it was started with"
+        )
+    states: list[State] = [dict(state) for state in body["states"]]
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        states[int(index)][key] = value
+    window = None if body["window"] is None else _window_from_json(body["window"])
+    return window, states, ChainMemory.from_json(body["chains"])
+
+
+def _window_to_json(window: Window) -> dict[str, Any]:
+    return {
+        "index": window.index,
+        "phase": window.phase,
+        "rows": [[asdict(row) for row in group] for group in window.rows],
+        "counts": list(window.counts),
+        "metrics": window.metrics,
+    }
+
+
+def _window_from_json(body: dict[str, Any]) -> Window:
+    return Window(
+        body["index"],
+        body["phase"],
+        tuple(tuple(_row_from_json(row) for row in group) for group in body["rows"]),
+        tuple(body["counts"]),
+        body["metrics"],
+    )
+
+
+def _row_from_json(row: dict[str, Any]) -> Row:
+    def values(key: str) -> tuple | None:
+        return None if row[key] is None else tuple(row[key])
+
+    return Row(
+        row["adapter"], tuple(row["context"]), tuple(row["target"]), tuple(row["weight"]), values("old"), values("ref")
+    )
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step in `output_dir`, or None. Leftovers of a killed save are removed."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return None
+    for leftover in output_dir.glob(".saving-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.iterdir()
+        if (match := _NAME.search(path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush every file of `temporary` to disk and give it its final name in one step."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)

@@ -1,0 +1,86 @@
+"""TraceConfig: what a run needs beside the recipe. Everything of `transformers.TrainingArguments` is accepted as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+
+from transformers import TrainingArguments
+
+from ..errors import UserError
+from .recipe import Recipe
+
+
+@dataclass
+class TraceConfig(TrainingArguments):
+    """Sizes, sampling and schedule of a trace run.
+
+    A *window* is what is sampled with one version of the weights: `prompts_per_window` problems, K traces each. It is
+    then trained on in steps of `prompts_per_step` problems, `window_epochs` times over. Online training is a window of
+    one step; alternating training (EM) is a large window; offline training is one round over given traces.
+
+    Optimiser steps = rounds * sum over phases of windows * ceil(prompts_per_window / prompts_per_step) * window_epochs.
+    """
+
+    output_dir: str | None = field(default="runs/trace", metadata={"help": "Folder of checkpoints and metrics."})
+    rounds: int = field(default=1, metadata={"help": "T: how often the recipe's phases are run through."})
+    prompts_per_window: int = field(default=64, metadata={"help": "Problems sampled with one version of the weights."})
+    prompts_per_step: int = field(default=16, metadata={"help": "Problems (whole groups) in one optimiser step."})
+    window_epochs: int = field(default=1, metadata={"help": "Passes over a window."})
+    traces_per_prompt: int | None = field(default=None, metadata={"help": "K; None takes the recipe's."})
+    tokens_per_microbatch: int = field(
+        default=4096, metadata={"help": "Padded tokens in one forward/backward; changes memory and speed, never the loss."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of traces; they are scored under it."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the traces' law; they are scored under it."})
+    answer_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of answers."})
+    max_trace_tokens: int = field(default=64, metadata={"help": "Cap on z; a longer trace is incomplete, weight 0."})
+    max_answer_tokens: int = field(default=16, metadata={"help": "Cap on y."})
+    shots: int = field(default=0, metadata={"help": "Worked examples in the prompts that are trained."})
+    proposal_shots: int = field(
+        default=0, metadata={"help": "Worked examples in the prompts that sample and score, while proposal_shot_rounds last."}
+    )
+    proposal_shot_rounds: int = field(default=0, metadata={"help": "Rounds that use proposal_shots; 0 = none."})
+    loss_scale: float = field(
+        default=1.0, metadata={"help": "A constant that divides the loss (a mean trace length, say); never a batch statistic."}
+    )
+    log_completions: bool = field(default=True, metadata={"help": "Write completions/window_*.jsonl."})
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between rows for report_to; metrics.jsonl has all."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard, mlflow."})
+    save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decay of AdamW."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: problems are not tensors."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Not used: see prompts_per_step."})
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "prompts_per_window", "prompts_per_step", "window_epochs", "tokens_per_microbatch",
+                     "max_trace_tokens", "max_answer_tokens"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
+        if self.traces_per_prompt is not None and self.traces_per_prompt < 1:
+            raise UserError(f"trainer.traces_per_prompt (K) must be >= 1, got {self.traces_per_prompt}")
+        if self.prompts_per_step > self.prompts_per_window:
+            raise UserError(
+                f"trainer.prompts_per_step ({self.prompts_per_step}) exceeds prompts_per_window "
+                f"({self.prompts_per_window}); a step trains on problems of one window"
+            )
+        if self.gradient_accumulation_steps != 1 or self.per_device_train_batch_size != 1:
+            raise UserError(
+                "trainer.gradient_accumulation_steps and per_device_train_batch_size must stay 1: a step is "
+                "prompts_per_step whole groups, split into micro-batches of tokens_per_microbatch"
+            )
+        if self.loss_scale <= 0:
+            raise UserError(f"trainer.loss_scale must be > 0, got {self.loss_scale}")
+        super().__post_init__()
+
+    def steps_per_window(self) -> int:
+        return ceil(self.prompts_per_window / self.prompts_per_step) * self.window_epochs
+
+    def steps_per_round(self, recipe: Recipe) -> int:
+        return self.steps_per_window() * sum(phase.windows for phase in recipe.phases)
+
+    def total_steps(self, recipe: Recipe) -> int:
+        return self.rounds * self.steps_per_round(recipe)

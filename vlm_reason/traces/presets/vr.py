@@ -1,0 +1,107 @@
+"""Variational Reasoning: traces from a posterior that sees the answer, weighted back to the model that does not.
+
+    phase 1 (posterior)  z_1..K ~ pi,  c_q = e / sum e               forward KL(P(z|x,Y) || q): wake phase on the prior
+    phase 2 (reasoner)   z_1..K ~ r,   log w = log e + s(log pi(z|x) - log r(z)),   c_z = normalise(w),
+                         c_y = c_z shared by the trace's right answers
+
+    e: accuracy of M sampled answers (verifier), or the answer's likelihood.  s: the ratio's stabiliser.
+
+Options
+    proposal   posterior  the adapter trained in phase 1            hinted  the reasoner itself, told the answer
+               mixture    prior and posterior (or hinted) side by side, weighted by the mixture density: a weight is then
+                          at most e / prior_share, so the full ratio keeps a useful effective sample size
+    ratio      per_token (the paper: length-normalised, close to no ratio) | none (exact) | ess_floor | clip | sqrt | zero
+    min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains the
+               answer without the hint
+    wake       prior  phase 1 as above      same  q learns from phase 2's own weights      none  q is never trained
+
+With `ratio="none"` the coefficients are the gradient of the K-trace bound; any other ratio makes it biased
+towards r. Zhou et al. 2025 (arXiv 2509.22637), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+
+from ...objectives import Ratio, ratio_named, self_normalised
+from ...objectives.groups import log_mean_exp
+from ...objectives.ratios import Clip, EssFloor
+from ...types import Coefficients, Scores
+from ..recipe import PRIOR, Component, Evidence, EvidenceKind, Phase, Proposal, Recipe, State
+from ..weighing import log_ratio, no_signal, per_answer
+
+
+def weigh_posterior(scores: Scores, state: State) -> tuple[Coefficients, State]:
+    c_q = self_normalised(scores.log_evidence, scores.mask)
+    return Coefficients(c_q=c_q, null=no_signal(c_q)), state
+
+
+def weigh_reasoner(
+    scores: Scores, state: State, *, ratio: Ratio, min_weight: float, both: bool
+) -> tuple[Coefficients, State]:
+    stable = ratio(log_ratio(scores), scores.log_evidence, scores.length, scores.mask)
+    logw = (scores.log_evidence + stable).masked_fill(~scores.mask, -math.inf)
+    if min_weight > 0:
+        exact = scores.log_evidence + log_ratio(scores)
+        too_small = log_mean_exp(exact.masked_fill(~scores.mask, -math.inf), scores.mask) < math.log(min_weight)
+        logw = torch.where(too_small.unsqueeze(1), torch.full_like(logw, -math.inf), logw)
+    c = self_normalised(logw, scores.mask)
+    return Coefficients(c_z=c, c_q=c if both else None, c_y=per_answer(c, scores), null=no_signal(c)), state
+
+
+def recipe(
+    proposal: Literal["posterior", "hinted", "mixture"] = "posterior",
+    partner: Literal["posterior", "hinted"] = "posterior",
+    prior_share: float = 0.5,
+    ratio: str = "per_token",
+    ess_floor: float = 0.5,
+    clip_low: float = -math.inf,
+    clip_high: float = 0.0,
+    min_weight: float = 0.0,
+    evidence: EvidenceKind = "accuracy",
+    samples: int = 8,
+    wake: Literal["prior", "same", "none"] = "prior",
+    null_group: Literal["skip", "renormalise"] = "skip",
+) -> Recipe:
+    """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for the clip)."""
+    adapter = "reasoner" if "hinted" in (proposal, partner if proposal == "mixture" else proposal) else "posterior"
+    guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
+    parts = (Component("reasoner", "prior", share=prior_share), guide) if proposal == "mixture" else (guide,)
+    settings = {"ess_floor": EssFloor(ess_floor), "clip": Clip(clip_low, clip_high)}
+    shared = Evidence(evidence, samples=samples if evidence in ("accuracy", "verifier") else 1)
+    targets: Literal["gold", "sampled"] = "sampled" if shared.samples_answers else "gold"
+    reasoner = Phase(
+        name="reasoner",
+        weigh=partial(
+            weigh_reasoner,
+            ratio=settings[ratio] if ratio in settings else ratio_named(ratio),
+            min_weight=min_weight,
+            both=wake == "same",
+        ),
+        trains=("reasoner", "posterior") if wake == "same" else ("reasoner",),
+        proposal=Proposal(parts),
+        evidence=shared,
+        targets=targets,
+        needs=frozenset({"logp_prior", "logq"}),
+        null_group=null_group,
+    )
+    posterior = Phase(
+        name="posterior",
+        weigh=weigh_posterior,
+        trains=("posterior",),
+        proposal=PRIOR,
+        evidence=shared,
+        targets="none",
+        null_group=null_group,
+    )
+    return Recipe(
+        "vr",
+        (posterior, reasoner) if wake == "prior" else (reasoner,),
+        traces=4,
+        source="arXiv 2509.22637",
+        optimises="L_K (exactly with ratio=none); forward KL in phi",
+    )
