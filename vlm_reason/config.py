@@ -38,6 +38,7 @@ class RunConfig:
     model       hub id, folder, or a built-in alias
     task        where the training problems come from; eval_task: the held-out ones (absent: none)
     template    how a problem becomes a prompt; shots: worked examples in the prompt
+    verifier    what counts as right; auto: by the task
     preset      name of the method; options: its settings
     trainer     optimisation, schedule, lengths, K, checkpoints
     sampling    what `sample` and `eval` draw: how many, how long, at what temperature
@@ -50,6 +51,7 @@ class RunConfig:
     eval_task: dict[str, Any] | None = None
     template: str | dict[str, Any] = field(default_factory=dict)
     shots: int = 0
+    verifier: str = "auto"
     preset: str = "vr"
     options: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
