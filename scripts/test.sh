@@ -26,7 +26,7 @@ stage() { # stage NAME COMMAND...: run it, remember when it failed, go on
     printf '== %s: %d s\n' "$name" $((SECONDS - start))
 }
 
-stage "ruff check" "$PY" -m ruff check --quiet .
+stage "ruff check" "$PY" -m ruff check --quiet --output-format concise .
 stage "ruff format" "$PY" -m ruff format --check --output-format concise .
 stage "mypy" "$PY" -m mypy --no-error-summary vlm_reason
 
