@@ -248,6 +248,11 @@ def _rewards(logw: Tensor, mask: Tensor, acts_on: ActsOn, floor: float | None) -
     if acts_on == "w":
         if floor is not None:
             raise UserError(f"floor={floor} is for acts_on='log w'; w = 0 is a finite reward already")
+        if bool((logw > math.log(torch.finfo(logw.dtype).max)).any()):
+            raise UserError(
+                f"log w = {logw.max().item():.4g} overflows as a reward w; use acts_on='log w', or 'self', which stays "
+                "in log space"
+            )
         return logw.exp().masked_fill(~mask, 0.0), mask
     if floor is not None:
         if not math.isfinite(floor):
