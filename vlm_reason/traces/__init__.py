@@ -1,6 +1,6 @@
 """Latent chains of thought: one trainer, methods as presets.
 
-    from vlm_reason.traces import PRESETS, TraceConfig, TraceTrainer
+from vlm_reason.traces import PRESETS, TraceConfig, TraceTrainer
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from .config import TraceConfig
     from .trainer import TraceTrainer
 
-__all__ = ["PRESETS", "Component", "Evidence", "Phase", "Proposal", "Recipe", "TraceConfig", "TraceTrainer", "build"]
+__all__ = [
+    "PRESETS",
+    "Component",
+    "Evidence",
+    "Phase",
+    "Proposal",
+    "Recipe",
+    "TraceConfig",
+    "TraceTrainer",
+    "build",
+]
 
 
 def __getattr__(name: str):

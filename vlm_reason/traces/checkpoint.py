@@ -31,11 +31,17 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 def save_trace_state(
-    folder: str | Path, window: Window | None, states: Sequence[State], memory: ChainMemory, identity: dict[str, Any]
+    folder: str | Path,
+    window: Window | None,
+    states: Sequence[State],
+    memory: ChainMemory,
+    identity: dict[str, Any],
 ) -> None:
     """Write the trace state into `folder` (a checkpoint still under its temporary name). `identity` names the run
     (recipe, seed, sizes): resuming under another one is refused."""
-    tensors = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if torch.is_tensor(v)}
+    tensors = {
+        f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if torch.is_tensor(v)
+    }
     plain = [{k: v for k, v in state.items() if not torch.is_tensor(v)} for state in states]
     body = {
         "format": FORMAT,
@@ -58,7 +64,9 @@ def load_trace_state(
         body = json.loads((folder / STATE_FILE).read_text())
         tensors = load_file(folder / TENSOR_FILE)
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder} cannot be read ({error}); delete it to resume from an earlier one") from error
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({error}); delete it to resume from an earlier one"
+        ) from error
     different = sorted(k for k in identity if body["identity"].get(k) != identity[k])
     if different:
         key = different[0]
@@ -99,7 +107,12 @@ def _row_from_json(row: dict[str, Any]) -> Row:
         return None if row[key] is None else tuple(row[key])
 
     return Row(
-        row["adapter"], tuple(row["context"]), tuple(row["target"]), tuple(row["weight"]), values("old"), values("ref")
+        row["adapter"],
+        tuple(row["context"]),
+        tuple(row["target"]),
+        tuple(row["weight"]),
+        values("old"),
+        values("ref"),
     )
 
 

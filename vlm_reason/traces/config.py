@@ -22,37 +22,64 @@ class TraceConfig(TrainingArguments):
     Optimiser steps = rounds * sum over phases of windows * ceil(prompts_per_window / prompts_per_step) * window_epochs.
     """
 
-    output_dir: str | None = field(default="runs/trace", metadata={"help": "Folder of checkpoints and metrics."})
+    output_dir: str | None = field(
+        default="runs/trace", metadata={"help": "Folder of checkpoints and metrics."}
+    )
     rounds: int = field(default=1, metadata={"help": "T: how often the recipe's phases are run through."})
-    prompts_per_window: int = field(default=64, metadata={"help": "Problems sampled with one version of the weights."})
-    prompts_per_step: int = field(default=16, metadata={"help": "Problems (whole groups) in one optimiser step."})
+    prompts_per_window: int = field(
+        default=64, metadata={"help": "Problems sampled with one version of the weights."}
+    )
+    prompts_per_step: int = field(
+        default=16, metadata={"help": "Problems (whole groups) in one optimiser step."}
+    )
     window_epochs: int = field(default=1, metadata={"help": "Passes over a window."})
     traces_per_prompt: int | None = field(default=None, metadata={"help": "K; None takes the recipe's."})
     tokens_per_microbatch: int = field(
-        default=4096, metadata={"help": "Padded tokens in one forward/backward; changes memory and speed, never the loss."}
+        default=4096,
+        metadata={"help": "Padded tokens in one forward/backward; changes memory and speed, never the loss."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of traces; they are scored under it."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the traces' law; they are scored under it."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of traces; they are scored under it."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus of the traces' law; they are scored under it."}
+    )
     answer_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of answers."})
-    max_trace_tokens: int = field(default=64, metadata={"help": "Cap on z; a longer trace is incomplete, weight 0."})
+    max_trace_tokens: int = field(
+        default=64, metadata={"help": "Cap on z; a longer trace is incomplete, weight 0."}
+    )
     max_answer_tokens: int = field(default=16, metadata={"help": "Cap on y."})
     shots: int = field(default=0, metadata={"help": "Worked examples in the prompts that are trained."})
     proposal_shots: int = field(
-        default=0, metadata={"help": "Worked examples in the prompts that sample and score, while proposal_shot_rounds last."}
+        default=0,
+        metadata={
+            "help": "Worked examples in the prompts that sample and score, while proposal_shot_rounds last."
+        },
     )
-    proposal_shot_rounds: int = field(default=0, metadata={"help": "Rounds that use proposal_shots; 0 = none."})
+    proposal_shot_rounds: int = field(
+        default=0, metadata={"help": "Rounds that use proposal_shots; 0 = none."}
+    )
     loss_scale: float = field(
-        default=1.0, metadata={"help": "A constant that divides the loss (a mean trace length, say); never a batch statistic."}
+        default=1.0,
+        metadata={
+            "help": "A constant that divides the loss (a mean trace length, say); never a batch statistic."
+        },
     )
     log_completions: bool = field(default=True, metadata={"help": "Write completions/window_*.jsonl."})
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between rows for report_to; metrics.jsonl has all."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard, mlflow."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Steps between rows for report_to; metrics.jsonl has all."}
+    )
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "wandb, trackio, tensorboard, mlflow."}
+    )
     save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decay of AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: problems are not tensors."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not used: problems are not tensors."}
+    )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Not used: see prompts_per_step."})
 
     def __post_init__(self) -> None:

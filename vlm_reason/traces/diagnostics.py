@@ -35,7 +35,9 @@ def window_metrics(
     bound, bound_null = _bound(scores.log_evidence + scores.logp_prior - scores.logq, scores.mask)
     weights = coefficients.c_z if coefficients.c_z is not None else coefficients.c_q
     ess, correlation = (None, None) if weights is None else _weights(weights, scores.length, scores.mask)
-    hinted = [(g.problem.answer, t) for g in groups for t in g.traces if t.saw_answer and t.proposal != "dataset"]
+    hinted = [
+        (g.problem.answer, t) for g in groups for t in g.traces if t.saw_answer and t.proposal != "dataset"
+    ]
     checked = [check_steps(t.completion.text) for t in traces if t.complete]
     checked = [c for c in checked if c.n_equations]
     right = [
@@ -57,7 +59,9 @@ def window_metrics(
         "truncated": _mean([not t.complete for t in traces]),
         "unverifiable": sum(v.failed for group in measured.verdicts for ks in group for v in ks),
         "trace_tokens": _mean([len(t.ids) for t in traces]),
-        "tokens/generated": sum(len(t.ids) + sum(len(a.ids) for a in t.answers) for t in traces if t.completion.seed),
+        "tokens/generated": sum(
+            len(t.ids) + sum(len(a.ids) for a in t.answers) for t in traces if t.completion.seed
+        ),
         "tokens/scored": measured.scored_tokens,
         "traces": len(traces),
         "distinct_traces": len({(t.problem_id, t.ids) for t in traces}),

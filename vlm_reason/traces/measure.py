@@ -16,7 +16,7 @@ from ..engines.base import Engine, Law, ScoreRequest
 from ..engines.rollout import answer_context
 from ..tasks.prompts import PromptBuilder
 from ..tasks.verifiers import Verdict, Verifier
-from ..types import Scores, TraceGroup
+from ..types import Completion, Problem, Scores, TraceGroup
 from . import evidence
 from .recipe import Component, Phase
 
@@ -69,9 +69,11 @@ def measure(
         mask[g, : len(group.traces)] = True
         for k, trace in enumerate(group.traces):
             length[g, k] = len(trace.ids)
-    verdicts = _verify(groups, verifier)
+    verdicts = verify_answers(groups, verifier, prompts)
     gold = _gold_logps(groups, phase, prompts, score)
-    log_evidence, empty = _evidence(groups, phase, prompts, score, verdicts, gold, length, width, callable_evidence)
+    log_evidence, empty = _evidence(
+        groups, phase, prompts, score, verdicts, gold, length, width, callable_evidence
+    )
     logq = torch.zeros(len(groups), width)
     if "logq" in phase.needs:
         logq = _proposal_density(groups, phase, prompts, score, temperature, top_p, width)
@@ -81,7 +83,9 @@ def measure(
         logp_prior = _trace_logps(groups, law, name, prompts.prior_ids, score, temperature, top_p, width)
     logp_ref = None
     if "logp_ref" in phase.needs:
-        logp_ref = _trace_logps(groups, Law(None), "base/prior", prompts.prior_ids, score, temperature, top_p, width)
+        logp_ref = _trace_logps(
+            groups, Law(None), "base/prior", prompts.prior_ids, score, temperature, top_p, width
+        )
     logp_answer, answer_weight = _answers(groups, phase, gold, verdicts, width)
     scores = Scores(
         logp_prior=logp_prior,
@@ -98,11 +102,22 @@ def measure(
     return Measured(scores, verdicts, score.tokens)
 
 
-def _verify(groups: Sequence[TraceGroup], verifier: Verifier | None) -> tuple[tuple[tuple[Verdict, ...], ...], ...]:
-    if verifier is None:
-        return tuple(tuple(() for _ in group.traces) for group in groups)
+def verify_answers(
+    groups: Sequence[TraceGroup], verifier: Verifier | None, prompts: PromptBuilder
+) -> tuple[tuple[tuple[Verdict, ...], ...], ...]:
+    """The verdict on every sampled answer, [group][trace][answer]. An answer that was cut off is wrong, whatever it
+    says so far; so is one that cannot be parsed. Empty where nothing was sampled or there is no verifier."""
+
+    def verdict(problem: Problem, answer: Completion) -> Verdict:
+        assert verifier is not None
+        parsed = prompts.parse_answer(answer.text) if answer.complete else None
+        return verifier.verify(problem, parsed or "")
+
     return tuple(
-        tuple(tuple(verifier.verify(group.problem, a.text) for a in trace.answers) for trace in group.traces)
+        tuple(
+            () if verifier is None else tuple(verdict(group.problem, a) for a in t.answers)
+            for t in group.traces
+        )
         for group in groups
     )
 
@@ -172,7 +187,11 @@ def _called(groups: Sequence[TraceGroup], function: EvidenceFunction, width: int
     out = torch.full((len(groups), width), float("-inf"))
     for g, group in enumerate(groups):
         values = torch.tensor(list(function(group)), dtype=torch.float32)
-        if values.shape != (len(group.traces),) or bool((values < 0).any()) or not bool(torch.isfinite(values).all()):
+        if (
+            values.shape != (len(group.traces),)
+            or bool((values < 0).any())
+            or not bool(torch.isfinite(values).all())
+        ):
             raise ValueError(
                 f"evidence of problem {group.problem.id!r} must be {len(group.traces)} finite numbers >= 0, "
                 f"got {values.tolist()}"

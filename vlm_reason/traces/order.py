@@ -52,7 +52,9 @@ def window_problems(window: int, size: int, n_problems: int, run_seed: int) -> l
     return out
 
 
-def step_members(position: int, n_groups: int, steps: int, epochs: int, window: int, run_seed: int) -> list[int]:
+def step_members(
+    position: int, n_groups: int, steps: int, epochs: int, window: int, run_seed: int
+) -> list[int]:
     """Indices of the window's groups that step `position` trains on. Each epoch deals all groups to its
     steps / epochs steps as evenly as can be, in an order of its own (the first epoch keeps the window's order)."""
     per_epoch = steps // epochs

@@ -32,7 +32,9 @@ class StepProgress(TrainerCallback):
             return
         row = self._row()
         shown = {"phase": row.get("phase"), "bound": row.get("bound"), "ess": row.get("ess")}
-        self._bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items() if v is not None})
+        self._bar.set_postfix(
+            {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items() if v is not None}
+        )
         self._bar.update(1)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

@@ -48,7 +48,9 @@ def _per_token(coefficient: Tensor | None, g: int, k: int, length: int) -> list[
     return [float(value)] * length if value.ndim == 0 else [float(v) for v in value[:length]]
 
 
-def group_rows(g: int, group: TraceGroup, phase: Phase, coefficients: Coefficients, prompts: PromptBuilder) -> list[Row]:
+def group_rows(
+    g: int, group: TraceGroup, phase: Phase, coefficients: Coefficients, prompts: PromptBuilder
+) -> list[Row]:
     """Training rows of one group, at the prompts that are trained (which may differ from those that sampled)."""
     rows: list[Row] = []
     prior = prompts.prior_ids(group.problem)
@@ -56,7 +58,9 @@ def group_rows(g: int, group: TraceGroup, phase: Phase, coefficients: Coefficien
         z = trace.ids
         c_z = _per_token(coefficients.c_z, g, k, len(z))
         answers = _answers(group, k, phase, prompts)
-        c_y = [0.0 if coefficients.c_y is None else float(coefficients.c_y[g, k, m]) for m in range(len(answers))]
+        c_y = [
+            0.0 if coefficients.c_y is None else float(coefficients.c_y[g, k, m]) for m in range(len(answers))
+        ]
         live = [(ids, c) for ids, c in zip(answers, c_y, strict=True) if c != 0.0]
         if "reasoner" in phase.trains:
             head, *rest = live or [((), 0.0)]
@@ -108,7 +112,9 @@ def _padded(rows: Sequence[tuple[float, ...] | None], like: Tensor) -> Tensor:
     out = torch.zeros_like(like)
     for i, values in enumerate(rows):
         if values is None:
-            raise AssertionError("rows of a clipped or KL-regularised phase carry their old and reference scores")
+            raise AssertionError(
+                "rows of a clipped or KL-regularised phase carry their old and reference scores"
+            )
         out[i, : len(values)] = torch.tensor(values, dtype=like.dtype)
     return out
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..atomic import write_atomically
 from ..engines.base import Engine
-from ..engines.hf import HFEngine
+from ..engines.make import make_engine
 from ..errors import UserError
 from ..models.adapters import (
     AdapterConfig,
@@ -45,7 +45,7 @@ from ..models.adapters import (
 from ..models.load import load_model
 from ..scoring.logprobs import microbatches, score_sequences
 from ..tasks.prompts import PromptBuilder
-from ..tasks.templates import Template
+from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
 from .checkpoint import load_trace_state, publish, save_trace_state
@@ -87,7 +87,7 @@ class TraceTrainer(Trainer):
         tokenizer: of `model`, when that is not a name.
         evidence: your own e(z) for a group, in place of the phases' evidence: K numbers >= 0.
         optimizer_factory: (parameters, args) -> optimiser; default AdamW through `args.optim`.
-        engine: what samples and scores; default an HFEngine over `model`.
+        engine: what samples and scores; default an HFEngine over `model` with `engine_options`.
 
     Raises UserError for an empty data set, duplicate ids, a recipe whose components would get no trace, or a
     recipe that needs a posterior or reference where there is none.
@@ -108,12 +108,15 @@ class TraceTrainer(Trainer):
         evidence: EvidenceFunction | None = None,
         optimizer_factory: OptimizerFactory | None = None,
         engine: Engine | None = None,
+        engine_options: Mapping[str, Any] | None = None,
         show_progress: bool = True,
     ) -> None:
         if isinstance(model, str):
             model, tokenizer = load_model(model, dtype=dtype)
         if tokenizer is None:
-            raise UserError("TraceTrainer needs the tokenizer of a model that is given as an object: tokenizer=...")
+            raise UserError(
+                "TraceTrainer needs the tokenizer of a model that is given as an object: tokenizer=..."
+            )
         self.recipe, self.problems = recipe, list(train_dataset)
         self.traces = args.traces_per_prompt or recipe.traces
         _check(recipe, self.problems, args, self.traces, adapter is not None)
@@ -125,16 +128,21 @@ class TraceTrainer(Trainer):
         self.adapters = ("reasoner", "posterior") if adapter is not None else ("reasoner",)
         self._optimizer_factory = optimizer_factory
         args.max_steps = args.total_steps(recipe)
-        super().__init__(model=model, args=args, train_dataset=_Steps(args.max_steps), data_collator=lambda rows: rows[0])
+        super().__init__(
+            model=model, args=args, train_dataset=_Steps(args.max_steps), data_collator=lambda rows: rows[0]
+        )
         # transformers' own bar prints to stdout, which belongs to --json
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if show_progress:
             self.add_callback(StepProgress(lambda: self._row))
         self.tokenizer = tokenizer
-        self.training_prompts = PromptBuilder(tokenizer, template, shots=args.shots)
-        self.warmup_prompts = PromptBuilder(tokenizer, template, shots=args.proposal_shots)
-        self.engine = engine if engine is not None else HFEngine(self.model, tokenizer)
+        chosen = template if isinstance(template, Template) else template_named(template)
+        self.training_prompts = PromptBuilder(tokenizer, chosen, shots=args.shots)
+        self.warmup_prompts = PromptBuilder(tokenizer, chosen, shots=args.proposal_shots)
+        self.engine = (
+            engine if engine is not None else make_engine(self.model, tokenizer, engine_options or {})
+        )
         self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self.maker = WindowMaker(self.engine, args, self.verifier, args.seed, evidence, show_progress)
         self.states: list[State] = [{} for _ in recipe.phases]
@@ -221,7 +229,13 @@ class TraceTrainer(Trainer):
         assert window is not None
         values = dict(window.metrics)
         if not made:  # what the window cost is told once
-            for key in ("seconds/generate", "seconds/score", "seconds/weigh", "tokens/generated", "tokens/scored"):
+            for key in (
+                "seconds/generate",
+                "seconds/score",
+                "seconds/weigh",
+                "tokens/generated",
+                "tokens/scored",
+            ):
                 values[key] = 0
         useful = sum(row.useful for row in rows)
         return {
@@ -244,7 +258,9 @@ class TraceTrainer(Trainer):
         """Over the parameters of every adapter: phases then choose by giving gradients to some of them only."""
         trainable(self.model, self.adapters)
         if self.optimizer is None and self._optimizer_factory is not None:
-            self.optimizer = self._optimizer_factory([p for p in self.model.parameters() if p.requires_grad], self.args)
+            self.optimizer = self._optimizer_factory(
+                [p for p in self.model.parameters() if p.requires_grad], self.args
+            )
         return super().create_optimizer(model)
 
     # ---- logs -------------------------------------------------------------------------------------------------------
@@ -314,7 +330,9 @@ class TraceTrainer(Trainer):
         self._rotate(output_dir)
 
     def _rotate(self, output_dir: Path) -> None:
-        rotate_checkpoints(output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        rotate_checkpoints(
+            output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=True
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.adapter is None:
@@ -356,7 +374,9 @@ def _truncate_metrics(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in kept))
 
 
-def _check(recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool) -> None:
+def _check(
+    recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool
+) -> None:
     if not problems:
         raise UserError("train_dataset is empty: give at least one problem")
     seen: set[str] = set()
@@ -373,7 +393,9 @@ def _check(recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, trace
         if phase.proposal.components:
             deal(phase.proposal.components, traces)
         if phase.null_group == "dataset" and any("rationale" not in p.metadata for p in problems):
-            raise UserError(f"phase {phase.name!r}: null_group 'dataset' needs a rationale with every problem")
+            raise UserError(
+                f"phase {phase.name!r}: null_group 'dataset' needs a rationale with every problem"
+            )
         needs = {c.adapter for c in phase.proposal.components} | set(phase.trains)
         needs |= {"base"} if phase.kl or "logp_ref" in phase.needs else set()
         if not adapters and (missing := sorted(needs - {"reasoner"})):
@@ -382,4 +404,6 @@ def _check(recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, trace
                 "train with adapters"
             )
     if not adapters and recipe.reset == "base":
-        raise UserError(f"recipe {recipe.name!r} resets to the base, which full weights no longer have: use adapters")
+        raise UserError(
+            f"recipe {recipe.name!r} resets to the base, which full weights no longer have: use adapters"
+        )

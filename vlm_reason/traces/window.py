@@ -24,7 +24,7 @@ from ..tasks.verifiers import Verifier
 from ..types import Coefficients, Completion, Problem, Trace, TraceGroup
 from .config import TraceConfig
 from .diagnostics import window_metrics
-from .measure import EvidenceFunction, Measured, adapter_name, measure
+from .measure import EvidenceFunction, Measured, adapter_name, measure, verify_answers
 from .recipe import Component, Phase, State
 from .replay import ChainMemory
 from .rows import Row, dataset_rows, group_rows
@@ -112,7 +112,9 @@ class WindowMaker:
         label: str | None,
     ) -> list[TraceGroup]:
         if phase.proposal.empty:
-            return [_one_trace_each(problem, prompts, [prompts.empty_trace_ids], [""]) for problem in problems]
+            return [
+                _one_trace_each(problem, prompts, [prompts.empty_trace_ids], [""]) for problem in problems
+            ]
         if phase.proposal.dataset:
             return [_given(problem, prompts, traces) for problem in problems]
         plan = self._plan(deal(phase.proposal.components, traces), phase)
@@ -122,7 +124,8 @@ class WindowMaker:
     def _plan(self, components: Sequence[Component], phase: Phase) -> list[Draw]:
         temperature = self._temperature(phase)
         return [
-            Draw(c.name, adapter_name(c), c.prompt == "hinted", temperature, self.config.top_p) for c in components
+            Draw(c.name, adapter_name(c), c.prompt == "hinted", temperature, self.config.top_p)
+            for c in components
         ]
 
     def _roll_out(self, phase, problems, visits, plan, policy_version, prompts, label) -> list[TraceGroup]:
@@ -148,7 +151,12 @@ class WindowMaker:
         """Groups without one right answer are drawn again behind the hint (STaR's rationalisation)."""
         if self.verifier is None:
             raise UserError(f"phase {phase.name!r}: null_group hint_retry needs a verifier")
-        missing = [g for g, group in enumerate(groups) if not self._any_right(group)]
+        verdicts = verify_answers(groups, self.verifier, prompts)
+        missing = [
+            g
+            for g, traces in enumerate(verdicts)
+            if not any(v.correct for answers in traces for v in answers)
+        ]
         if not missing:
             return groups
         plan = self._plan([Component("reasoner", "hinted")] * len(groups[0].traces), phase)
@@ -165,10 +173,6 @@ class WindowMaker:
         for g, group in zip(missing, again, strict=True):
             out[g] = group
         return out
-
-    def _any_right(self, group: TraceGroup) -> bool:
-        assert self.verifier is not None
-        return any(self.verifier.verify(group.problem, a.text).correct for t in group.traces for a in t.answers)
 
     def _rows(
         self, groups: Sequence[TraceGroup], phase: Phase, coefficients: Coefficients, prompts: PromptBuilder
@@ -234,10 +238,13 @@ def _one_trace_each(
     problem: Problem, prompts: PromptBuilder, ids: Sequence[tuple[int, ...]], texts: Sequence[str]
 ) -> TraceGroup:
     """A group of traces that nothing sampled: their density is not known, log r is taken as 0."""
-    completions = [Completion(tuple(z), (0.0,) * len(z), text, "stop", 0) for z, text in zip(ids, texts, strict=True)]
+    completions = [
+        Completion(tuple(z), (0.0,) * len(z), text, "stop", 0) for z, text in zip(ids, texts, strict=True)
+    ]
     prompt = prompts.prior_ids(problem)
     return TraceGroup(
-        problem, tuple(Trace(problem.id, k, "dataset", prompt, c, saw_answer=True) for k, c in enumerate(completions))
+        problem,
+        tuple(Trace(problem.id, k, "dataset", prompt, c, saw_answer=True) for k, c in enumerate(completions)),
     )
 
 
@@ -259,7 +266,9 @@ def _check_finite(coefficients: Coefficients, phase: Phase) -> None:
     for name in ("c_z", "c_q", "c_y"):
         value = getattr(coefficients, name)
         if value is not None and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"phase {phase.name!r}: weigh returned a non-finite {name}; coefficients must be finite")
+            raise ValueError(
+                f"phase {phase.name!r}: weigh returned a non-finite {name}; coefficients must be finite"
+            )
 
 
 def _completions(

@@ -1,7 +1,7 @@
 """Every method by name. A preset is a file with `recipe(**its options) -> Recipe`; PRESETS holds the defaults.
 
-    PRESETS["vr"]                                        a Recipe
-    build("vr", proposal="mixture", ratio="none")        the same method with its axes set
+PRESETS["vr"]                                        a Recipe
+build("vr", proposal="mixture", ratio="none")        the same method with its axes set
 """
 
 from __future__ import annotations
@@ -72,5 +72,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
             raise UserError(f"preset {name!r} has no option {key!r}{nearest(key, known)}")
         choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
-            raise UserError(f"option {key!r} of preset {name!r} is {value!r}{nearest(str(value), map(str, choices))}")
+            raise UserError(
+                f"option {key!r} of preset {name!r} is {value!r}{nearest(str(value), map(str, choices))}"
+            )
     return builder(**(options or {}))

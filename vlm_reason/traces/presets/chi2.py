@@ -32,4 +32,10 @@ def recipe() -> Recipe:
         targets="gold",
         needs=frozenset({"logp_prior", "logq"}),
     )
-    return Recipe("chi2", (phase,), traces=8, source="arXiv 1611.00328", optimises="L_K in theta; chi2(posterior||q) in phi")
+    return Recipe(
+        "chi2",
+        (phase,),
+        traces=8,
+        source="arXiv 1611.00328",
+        optimises="L_K in theta; chi2(posterior||q) in phi",
+    )

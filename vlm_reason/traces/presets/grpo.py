@@ -14,6 +14,7 @@ from ...types import Coefficients, Scores
 from ..recipe import PRIOR, Evidence, Phase, Recipe, State
 from ..weighing import every_answer, no_signal
 
+
 def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
     c = MeanStd().coefficients(scores.log_evidence, scores.mask)
     return Coefficients(c_z=c, c_y=every_answer(c, scores), null=no_signal(c)), state
@@ -21,6 +22,12 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 def recipe(kl: float = 0.0, clip: float | None = 0.2) -> Recipe:
     phase = Phase(
-        "grpo", weigh, proposal=PRIOR, evidence=Evidence("accuracy", samples=1), targets="sampled", kl=kl, clip=clip
+        "grpo",
+        weigh,
+        proposal=PRIOR,
+        evidence=Evidence("accuracy", samples=1),
+        targets="sampled",
+        kl=kl,
+        clip=clip,
     )
     return Recipe("grpo", (phase,), traces=8, source="arXiv 2402.03300", optimises="sqrt(P/(1-P)) grad log P")

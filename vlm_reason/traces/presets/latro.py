@@ -37,4 +37,6 @@ def recipe(beta: float = 0.05, answer_weight: float = 1.0) -> Recipe:
         targets="gold",
         needs=frozenset({"logp_prior", "logp_ref"}),
     )
-    return Recipe("latro", (phase,), traces=16, source="arXiv 2411.04282", optimises="E log pi(y*|z) - beta KL(pi||ref)")
+    return Recipe(
+        "latro", (phase,), traces=16, source="arXiv 2411.04282", optimises="E log pi(y*|z) - beta KL(pi||ref)"
+    )

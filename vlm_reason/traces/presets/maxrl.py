@@ -21,4 +21,6 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 def recipe() -> Recipe:
     phase = Phase("maxrl", weigh, proposal=PRIOR, evidence=Evidence("accuracy", samples=1), targets="sampled")
-    return Recipe("maxrl", (phase,), traces=8, source="arXiv 2602.02710", optimises="(1 - (1-P)^K) grad log P")
+    return Recipe(
+        "maxrl", (phase,), traces=8, source="arXiv 2602.02710", optimises="(1 - (1-P)^K) grad log P"
+    )

@@ -20,5 +20,9 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 
 def recipe(kl: float = 0.0) -> Recipe:
-    phase = Phase("nover", weigh, proposal=PRIOR, evidence=Evidence("perplexity_rank"), targets="sampled", kl=kl)
-    return Recipe("nover", (phase,), traces=8, source="arXiv 2505.16022", optimises="expected rank of y*'s perplexity")
+    phase = Phase(
+        "nover", weigh, proposal=PRIOR, evidence=Evidence("perplexity_rank"), targets="sampled", kl=kl
+    )
+    return Recipe(
+        "nover", (phase,), traces=8, source="arXiv 2505.16022", optimises="expected rank of y*'s perplexity"
+    )

@@ -18,5 +18,7 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 
 def recipe() -> Recipe:
-    phase = Phase("reinforce", weigh, proposal=PRIOR, evidence=Evidence("accuracy", samples=1), targets="sampled")
+    phase = Phase(
+        "reinforce", weigh, proposal=PRIOR, evidence=Evidence("accuracy", samples=1), targets="sampled"
+    )
     return Recipe("reinforce", (phase,), traces=8, source="Williams 1992", optimises="P(Y|x)")

@@ -40,4 +40,6 @@ def recipe(spread: float = 0.5, decay: float = 0.99) -> Recipe:
         evidence=Evidence("minus_no_trace"),
         targets="sampled",
     )
-    return Recipe("rlpr", (phase,), traces=8, source="arXiv 2506.18254", optimises="shaped reward on mean p(y*_t)")
+    return Recipe(
+        "rlpr", (phase,), traces=8, source="arXiv 2506.18254", optimises="shaped reward on mean p(y*_t)"
+    )

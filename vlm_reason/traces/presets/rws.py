@@ -31,4 +31,10 @@ def recipe() -> Recipe:
         targets="gold",
         needs=frozenset({"logp_prior", "logq"}),
     )
-    return Recipe("rws", (phase,), traces=8, source="arXiv 1406.2751", optimises="L_K in theta; KL(posterior || q) in phi")
+    return Recipe(
+        "rws",
+        (phase,),
+        traces=8,
+        source="arXiv 1406.2751",
+        optimises="L_K in theta; KL(posterior || q) in phi",
+    )

@@ -29,4 +29,6 @@ def recipe(trace: bool = True) -> Recipe:
         evidence=Evidence("one"),
         targets="gold",
     )
-    return Recipe("sft", (phase,), traces=1, source="-", optimises="log-likelihood of the given traces and answers")
+    return Recipe(
+        "sft", (phase,), traces=1, source="-", optimises="log-likelihood of the given traces and answers"
+    )

@@ -28,5 +28,10 @@ def recipe() -> Recipe:
         null_group="hint_retry",
     )
     return Recipe(
-        "star", (phase,), traces=1, reset="base", source="arXiv 2203.14465", optimises="likelihood of traces that reach y*"
+        "star",
+        (phase,),
+        traces=1,
+        reset="base",
+        source="arXiv 2203.14465",
+        optimises="likelihood of traces that reach y*",
     )

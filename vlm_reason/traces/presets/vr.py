@@ -47,7 +47,9 @@ def weigh_reasoner(
     logw = (scores.log_evidence + stable).masked_fill(~scores.mask, -math.inf)
     if min_weight > 0:
         exact = scores.log_evidence + log_ratio(scores)
-        too_small = log_mean_exp(exact.masked_fill(~scores.mask, -math.inf), scores.mask) < math.log(min_weight)
+        too_small = log_mean_exp(exact.masked_fill(~scores.mask, -math.inf), scores.mask) < math.log(
+            min_weight
+        )
         logw = torch.where(too_small.unsqueeze(1), torch.full_like(logw, -math.inf), logw)
     c = self_normalised(logw, scores.mask)
     return Coefficients(c_z=c, c_q=c if both else None, c_y=per_answer(c, scores), null=no_signal(c)), state
@@ -68,7 +70,9 @@ def recipe(
     null_group: Literal["skip", "renormalise"] = "skip",
 ) -> Recipe:
     """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for the clip)."""
-    adapter = "reasoner" if "hinted" in (proposal, partner if proposal == "mixture" else proposal) else "posterior"
+    adapter = (
+        "reasoner" if "hinted" in (proposal, partner if proposal == "mixture" else proposal) else "posterior"
+    )
     guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
     parts = (Component("reasoner", "prior", share=prior_share), guide) if proposal == "mixture" else (guide,)
     settings = {"ess_floor": EssFloor(ess_floor), "clip": Clip(clip_low, clip_high)}

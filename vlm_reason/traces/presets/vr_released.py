@@ -36,7 +36,9 @@ def recipe(evidence: Literal["accuracy", "mean_logp"] = "accuracy", samples: int
     e = Evidence(evidence, samples=samples if evidence == "accuracy" else 1)
     given = Evidence("one")
     phases = (
-        Phase("teacher", weigh_teacher, trains=("posterior",), proposal=DATASET, evidence=given, targets="none"),
+        Phase(
+            "teacher", weigh_teacher, trains=("posterior",), proposal=DATASET, evidence=given, targets="none"
+        ),
         Phase("original", weigh_given, proposal=DATASET, evidence=given, targets="gold"),
         Phase(
             "selected",
@@ -47,4 +49,6 @@ def recipe(evidence: Literal["accuracy", "mean_logp"] = "accuracy", samples: int
             needs=frozenset({"logp_prior", "logq"}),
         ),
     )
-    return Recipe("vr_released", phases, traces=8, source="arXiv 2509.22637", optimises="best-of-K distillation")
+    return Recipe(
+        "vr_released", phases, traces=8, source="arXiv 2509.22637", optimises="best-of-K distillation"
+    )

@@ -1,0 +1,176 @@
+"""One training run from a RunConfig: build everything, resume if there is something to resume, train, save, summarise.
+
+output_dir/config.yaml          what was run, resolved
+output_dir/metrics.jsonl        a row per optimiser step
+output_dir/completions/         the sampled traces of every window
+output_dir/checkpoint-N/        complete checkpoints only
+output_dir/adapters/reasoner    the result: a stock PEFT adapter (and adapters/posterior)
+output_dir/summary.json         written last: its presence means the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from ..config import RunConfig, from_dict, save_resolved, to_dict
+from ..errors import UserError
+from ..models.adapters import AdapterConfig, save_adapters
+from ..tasks.sources import TaskSpec, load_problems
+from ..tasks.templates import Template, template_named
+from ..tasks.verifiers import Verifier, make_verifier
+from .checkpoint import latest_checkpoint
+from .config import TraceConfig
+from .presets import build
+from .trainer import TraceTrainer
+
+SUMMARY = "summary.json"
+
+
+def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any]:
+    """Train as `config` says and return the summary. Started again with the same config, it goes on from the last
+    complete checkpoint, and returns at once when the run is finished.
+
+    UserError when output_dir holds a run of another config: nothing there is touched.
+    """
+    output_dir = Path(config.output_dir)
+    _same_run_or_none(config, output_dir)
+    done = output_dir / SUMMARY
+    if done.is_file():
+        return {**json.loads(done.read_text()), "already_finished": True}
+    trainer = make_trainer(config, show_progress)
+    save_resolved(config, output_dir)
+    checkpoint = latest_checkpoint(output_dir)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    summary = {
+        "output_dir": str(output_dir),
+        "preset": config.preset,
+        "steps": trainer.state.global_step,
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "seconds": time.perf_counter() - started,
+        **_phase_totals(output_dir / "metrics.jsonl"),
+    }
+    _save_result(trainer, output_dir)
+    write_atomically(done, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def make_trainer(config: RunConfig, show_progress: bool = True) -> TraceTrainer:
+    """The trainer that `config` describes, not yet started. Everything that can be wrong with a config is found here."""
+    recipe = build(config.preset, config.options)
+    args = trace_config(config)
+    spec = from_dict(TaskSpec, config.task, "task")
+    adapter = adapter_config(config)
+    return TraceTrainer(
+        config.model,
+        args,
+        recipe,
+        load_problems(spec),
+        template=resolve_template(config.template),
+        verifier=resolve_verifier(config.verifier, spec),
+        adapter=adapter,
+        dtype=config.dtype,
+        engine_options=config.engine,
+        show_progress=show_progress,
+    )
+
+
+def trace_config(config: RunConfig) -> TraceConfig:
+    own = {"output_dir": config.output_dir, "seed": config.seed, "shots": config.shots}
+    for key in ("output_dir", "seed"):
+        if key in config.trainer:
+            raise UserError(f"trainer.{key} is set by the top-level {key!r}: move it there")
+    return from_dict(TraceConfig, {**own, **config.trainer}, "trainer")
+
+
+def adapter_config(config: RunConfig) -> AdapterConfig | None:
+    """`adapter: {full: true}` trains the model's own weights; else the section's keys are AdapterConfig's."""
+    section = dict(config.adapter)
+    if section.pop("full", False):
+        if section:
+            raise UserError(
+                f"adapter.full trains without adapters, so adapter.{next(iter(section))} has no meaning"
+            )
+        return None
+    return replace(from_dict(AdapterConfig, {"seed": config.seed, **section}, "adapter"))
+
+
+def resolve_template(template: str | dict[str, Any]) -> Template:
+    """A built-in name, or a section with the fields of Template; `base` names the built-in it starts from."""
+    if isinstance(template, str):
+        return template_named(template)
+    section = dict(template)
+    base = template_named(section.pop("base", "steps"))
+    own = from_dict(Template, {"name": base.name, "prior": base.prior, "posterior": base.posterior, "cue": base.cue,
+                               **section}, "template")  # fmt: skip
+    return replace(base, **{key: getattr(own, key) for key in section})
+
+
+def resolve_verifier(name: str, spec: TaskSpec) -> Verifier:
+    """`auto`: the generator's own score for reasoning-gym, mathematics otherwise."""
+    if name == "auto":
+        name = "reasoning_gym" if spec.kind == "reasoning_gym" else "math"
+    return make_verifier(name)
+
+
+def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
+    written = output_dir / "config.yaml"
+    if not written.is_file():
+        return
+    import yaml
+
+    before, now = yaml.safe_load(written.read_text()), json.loads(json.dumps(to_dict(config)))
+    before = json.loads(json.dumps(before))
+    different = sorted(key for key in now if before.get(key) != now[key])
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{output_dir} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: choose another "
+            "output_dir, or delete that folder to start over"
+        )
+
+
+def _save_result(trainer: TraceTrainer, output_dir: Path) -> None:
+    """adapters/ (or model/) appears whole or not at all."""
+    name = "adapters" if trainer.adapter is not None else "model"
+    staging = output_dir / f".{name}"
+    if staging.exists():
+        shutil.rmtree(staging)
+    if trainer.adapter is not None:
+        save_adapters(trainer.model, staging)
+    else:
+        trainer.model.save_pretrained(staging)
+        trainer.tokenizer.save_pretrained(staging)
+    final = output_dir / name
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+
+
+def _phase_totals(metrics: Path) -> dict[str, Any]:
+    """Seconds and tokens by kind of work, over the whole run (also the parts before a resume)."""
+    totals: dict[str, float] = {}
+    last: dict[str, Any] = {}
+    for line in metrics.read_text().splitlines():
+        row = json.loads(line)
+        last = row
+        for key, value in row.items():
+            if key.startswith(("seconds/", "tokens/")) and value is not None:
+                totals[key] = totals.get(key, 0) + value
+    kept = (
+        "bound",
+        "ess",
+        "null_rate",
+        "accuracy",
+        "unhinted_accuracy",
+        "answer_copied",
+        "steps_right",
+        "truncated",
+    )
+    return {"totals": totals, "last_window": {key: last.get(key) for key in kept}}
