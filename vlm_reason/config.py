@@ -41,7 +41,7 @@ class RunConfig:
     verifier    what counts as right; auto: by the task
     preset      name of the method; options: its settings
     trainer     optimisation, schedule, lengths, K, checkpoints
-    sampling    what `sample` and `eval` draw: how many, how long, at what temperature
+    sampling    what `sample` draws: how many, how long, at what temperature; evaluation: the same for `eval`
     """
 
     kind: Literal["trace"] = "trace"
@@ -58,6 +58,7 @@ class RunConfig:
     engine: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     output_dir: str = "runs/default"
     seed: int = 0
 

@@ -186,8 +186,8 @@ def test_records_of_a_group_one_for_each_answer_and_one_for_a_cut_trace() -> Non
     )
     group = TraceGroup(Problem("p", "q?", "a"), traces)
 
-    def judge(text: str) -> tuple[SimpleNamespace, str]:
-        right = text == "text(8,)"
+    def judge(problem: Problem, answer: Completion) -> tuple[SimpleNamespace, str]:
+        text, right = answer.text, answer.text == "text(8,)"
         return SimpleNamespace(correct=right, score=float(right), parsed=True, failed=False), text.upper()
 
     records = records_of(group, Provenance("w", "e", 1.0), judge)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..types import Completion, Finish, Trace, TraceGroup
+from ..types import Completion, Finish, Problem, Trace, TraceGroup
 
 JSON = str | int | float | bool | None | list[Any] | dict[str, Any]
 
@@ -140,6 +140,10 @@ class Judged(Protocol):
     def failed(self) -> bool: ...
 
 
+Judge = Callable[[Problem, Completion], tuple[Judged, str | None]]
+"""The verdict on an answer, and its canonical form (None: it cannot be read)."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What all samples of one call share. `parameters` is everything of the sampling that is not a field
@@ -168,17 +172,16 @@ class Provenance:
 def records_of(
     group: TraceGroup,
     provenance: Provenance,
-    judge: Callable[[str], tuple[Judged, str | None]] | None = None,
+    judge: Judge | None = None,
 ) -> list[SampleRecord]:
-    """The records of one group, in order of (k, m). `judge(answer text)` gives the verdict and the canonical
-    answer."""
+    """The records of one group, in order of (k, m). Without a judge the verdict fields stay None."""
     records = []
     for trace in group.traces:
         if not trace.answers:
             records.append(_record(group, trace, provenance, 0))
         for m, answer in enumerate(trace.answers, start=1):
             record = _record(group, trace, provenance, m)
-            records.append(_with_answer(record, answer, judge))
+            records.append(_with_answer(record, group.problem, answer, judge))
     return records
 
 
@@ -209,7 +212,7 @@ def _record(group: TraceGroup, trace: Trace, provenance: Provenance, m: int) -> 
 
 
 def _with_answer(
-    record: SampleRecord, answer: Completion, judge: Callable[[str], tuple[Judged, str | None]] | None
+    record: SampleRecord, problem: Problem, answer: Completion, judge: Judge | None
 ) -> SampleRecord:
     record = dataclasses.replace(
         record,
@@ -221,7 +224,7 @@ def _with_answer(
     )
     if judge is None:
         return record
-    verdict, canonical = judge(answer.text)
+    verdict, canonical = judge(problem, answer)
     return dataclasses.replace(
         record,
         correct=verdict.correct,

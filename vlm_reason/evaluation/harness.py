@@ -1,0 +1,204 @@
+"""Accuracy of a model on a set of problems: draw samples, judge them, and summarise the records.
+
+`summarise` needs the records alone, so the same numbers come from a store long after the model is gone. The
+denominator is fixed: a trace that was cut, an answer that was cut or cannot be read, is wrong and is counted
+by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engines.base import Engine, Law
+from ..engines.rollout import Draw, Prompts, roll_out
+from ..errors import UserError
+from ..stats import PairedEstimate, clustered, paired_difference
+from ..store import Judge, Provenance, SampleRecord, records_of
+from ..types import Estimate, Problem
+from .metrics import accuracy, pass_at_k
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """traces (K) a problem and answers (M) behind each; temperature 0 is greedy, and then more than one of
+    either would be the same text again. `adapter` None is the base model. Seeds depend on `seed` and the
+    problem's id alone, so two models are compared on common random numbers."""
+
+    traces: int = 1
+    answers: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_trace_tokens: int = 64
+    max_answer_tokens: int = 16
+    adapter: str | None = "reasoner"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("traces", "answers", "max_trace_tokens", "max_answer_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.temperature == 0 and self.traces * self.answers > 1:
+            raise UserError(
+                f"greedy decoding (temperature 0) gives one text: traces={self.traces} and answers={self.answers} "
+                "would repeat it; set a temperature or draw one"
+            )
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """accuracy     share of right answers, interval over problems
+    unparsed     share of samples without a readable answer among traces that were complete
+    truncated    share of traces that never closed (cut at the cap, or the text ended inside them)
+    trace_length mean tokens of a trace
+    pass_at      k -> pass@k, for powers of two up to the samples of a problem (empty with one)
+    per_problem  problem id -> mean correctness, for paired comparison
+    tokens, seconds  drawn and taken; 0 when the records came from a store
+    """
+
+    problems: int
+    accuracy: Estimate
+    unparsed: Estimate
+    truncated: Estimate
+    trace_length: Estimate
+    pass_at: Mapping[int, Estimate] = field(default_factory=dict)
+    per_problem: Mapping[str, float] = field(default_factory=dict)
+    verifier_failures: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "problems": self.problems,
+            "accuracy": self.accuracy.to_json(),
+            "unparsed": self.unparsed.to_json(),
+            "truncated": self.truncated.to_json(),
+            "trace_length": self.trace_length.to_json(),
+            "pass_at": {str(k): estimate.to_json() for k, estimate in self.pass_at.items()},
+            "verifier_failures": self.verifier_failures,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def evaluate(
+    engine: Engine,
+    builder: Prompts,
+    problems: Sequence[Problem],
+    judge: Judge,
+    config: EvalConfig = EvalConfig(),
+    progress: str | None = None,
+) -> EvalResult:
+    """Draw, judge and summarise, without keeping the samples. `judge` comes from `make_judge(verifier,
+    builder)`."""
+    started = time.perf_counter()
+    provenance = Provenance("unnamed", "unnamed", config.temperature, config.top_p)
+    records = draw(engine, builder, problems, judge, config, provenance, progress)
+    return summarise(records, seconds=time.perf_counter() - started)
+
+
+def draw(
+    engine: Engine,
+    builder: Prompts,
+    problems: Sequence[Problem],
+    judge: Judge | None,
+    config: EvalConfig,
+    provenance: Provenance,
+    progress: str | None = None,
+) -> list[SampleRecord]:
+    """The judged records of `config.traces` x `config.answers` samples a problem, drawn from the prior
+    prompt."""
+    name = f"{config.adapter or 'base'}/prior"
+    plan = [Draw(name, config.adapter, False, config.temperature, config.top_p)] * config.traces
+    groups = roll_out(
+        engine,
+        builder,
+        problems,
+        plan,
+        run_seed=config.seed,
+        stream="eval",
+        max_trace_tokens=config.max_trace_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+        answers_per_trace=config.answers,
+        answer_law=Law(config.adapter, config.temperature, config.top_p),
+        progress=progress,
+    )
+    return [record for group in groups for record in records_of(group, provenance, judge)]
+
+
+def summarise(records: Sequence[SampleRecord], seconds: float = 0.0) -> EvalResult:
+    """The result of judged records of one model. A cut trace counts as one wrong sample for each answer it
+    did not get, so that it weighs as much as any other trace. UserError for records of several models or
+    without verdicts."""
+    _check_one_model(records)
+    traces: dict[tuple[str, int], list[SampleRecord]] = {}
+    for record in records:
+        traces.setdefault((record.problem_id, record.k), []).append(record)
+    items = [problem for problem, _ in traces]
+    right = [sum(bool(r.correct) for r in group) / len(group) for group in traces.values()]
+    asked = [(problem, r) for (problem, _), group in traces.items() for r in group if r.answered]
+    per_problem = _mean_by_item(items, right)
+    firsts = [group[0] for group in traces.values()]
+    return EvalResult(
+        problems=len(per_problem),
+        accuracy=accuracy(right, items),
+        unparsed=_share([not r.parsed for _, r in asked], [problem for problem, _ in asked]),
+        truncated=_share([not r.complete for r in firsts], items),
+        trace_length=clustered([float(len(r.trace_ids)) for r in firsts], items),
+        pass_at=_pass_at(traces),
+        per_problem=per_problem,
+        verifier_failures=sum(bool(r.failed) for _, r in asked),
+        tokens=sum(len(r.trace_ids) for r in firsts) + sum(len(r.answer_ids) for _, r in asked),
+        seconds=seconds,
+    )
+
+
+def compare(a: EvalResult, b: EvalResult) -> PairedEstimate:
+    """Accuracy of a minus accuracy of b, paired on problem ids. UserError when the problems differ."""
+    return paired_difference(a.per_problem, b.per_problem)
+
+
+def _check_one_model(records: Sequence[SampleRecord]) -> None:
+    models = sorted(
+        {f"{r.weights} member {r.member}" if r.member is not None else r.weights for r in records}
+    )
+    if len(models) > 1:
+        raise UserError(
+            f"records of {len(models)} models ({', '.join(models)}) cannot be one accuracy: choose one"
+        )
+    unjudged = next((r for r in records if r.answered and r.correct is None), None)
+    if unjudged is not None:
+        raise UserError(
+            f"the sample of problem {unjudged.problem_id!r} was stored without a verdict; judge it first"
+        )
+
+
+def _mean_by_item(items: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for item, value in zip(items, values, strict=True):
+        groups.setdefault(item, []).append(value)
+    return {item: sum(group) / len(group) for item, group in groups.items()}
+
+
+def _share(flags: Sequence[bool], items: Sequence[str]) -> Estimate:
+    return accuracy([float(flag) for flag in flags], items)
+
+
+def _pass_at(traces: Mapping[tuple[str, int], Sequence[SampleRecord]]) -> dict[int, Estimate]:
+    """pass@k over traces, the first answer of each: draws behind one trace are not independent draws of the
+    model."""
+    n: dict[str, int] = {}
+    right: dict[str, int] = {}
+    for (problem, _), group in traces.items():
+        n[problem] = n.get(problem, 0) + 1
+        right[problem] = right.get(problem, 0) + bool(group[0].correct)
+    most = max(n.values(), default=0)
+    sizes = [k for k in (1 << i for i in range(most.bit_length())) if 1 < k <= most]
+    return {k: pass_at_k(list(n.values()), list(right.values()), k) for k in sizes}
