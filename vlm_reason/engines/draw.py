@@ -91,9 +91,7 @@ class StopDetector:
         return any(s in tail for s in candidates)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return decode(self._tokenizer, ids, special=True)
 
     def _may_end(self, token: int, string: str) -> bool:
         """False only if this token surely does not complete `string`: its text lacks the last character. A space may be
