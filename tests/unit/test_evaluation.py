@@ -86,7 +86,7 @@ class World:
 class Verifier:
     def verify(self, problem: Problem, answer_text: str) -> SimpleNamespace:
         right = answer_text == problem.answer
-        return SimpleNamespace(correct=right, score=float(right), parsed=bool(answer_text), failed=False)
+        return SimpleNamespace(correct=right, score=float(right), parsed=answer_text or None, failed=False)
 
 
 PROBLEMS = [Problem(f"p{i}", "3 + 4?", "7") for i in range(300)]
@@ -119,7 +119,7 @@ def test_cut_and_unparsed_samples_stay_in_the_denominator() -> None:
     unread = [r for r in records if r.answer_text == "?"]
     assert cut and unread and result.accuracy.value == right / 40
     assert result.truncated.value == cut / 40 and result.unparsed.value == len(unread) / (40 - cut)
-    assert all(r.canonical is None and r.parsed is False for r in unread)
+    assert all(r.canonical is None and r.parsed is None for r in unread)
     assert {r.canonical for r in records if r.answer_text == "7"} == {"7"}
     assert result.tokens == sum(len(r.trace_ids) + len(r.answer_ids) for r in records)
 
@@ -137,7 +137,7 @@ def test_a_cut_trace_weighs_as_much_as_one_with_many_answers() -> None:
 def test_an_answer_cut_at_its_cap_is_wrong_whatever_it_says() -> None:
     answer = Completion((57,), (-1.0,), "7", "length", 0)
     verdict, canonical = JUDGE(PROBLEMS[0], answer)
-    assert not verdict.correct and not verdict.parsed and canonical is None
+    assert not verdict.correct and verdict.parsed is None and canonical is None
     assert JUDGE(PROBLEMS[0], dataclasses.replace(answer, finish="stop"))[0].correct
 
 

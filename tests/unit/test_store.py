@@ -42,7 +42,7 @@ def record(problem: str = "p", k: int = 0, **changes: object) -> SampleRecord:
         answer_seed=7,
         correct=True,
         score=1.0,
-        parsed=True,
+        parsed="2",
         failed=False,
         canonical="2",
     )
@@ -188,7 +188,7 @@ def test_records_of_a_group_one_for_each_answer_and_one_for_a_cut_trace() -> Non
 
     def judge(problem: Problem, answer: Completion) -> tuple[SimpleNamespace, str]:
         text, right = answer.text, answer.text == "text(8,)"
-        return SimpleNamespace(correct=right, score=float(right), parsed=True, failed=False), text.upper()
+        return SimpleNamespace(correct=right, score=float(right), parsed=text, failed=False), text.upper()
 
     records = records_of(group, Provenance("w", "e", 1.0), judge)
     assert [(r.k, r.m, r.correct, r.canonical) for r in records] == [

@@ -149,7 +149,7 @@ def summarise(records: Sequence[SampleRecord], seconds: float = 0.0) -> EvalResu
     return EvalResult(
         problems=len(per_problem),
         accuracy=accuracy(right, items),
-        unparsed=_share([not r.parsed for _, r in asked], [problem for problem, _ in asked]),
+        unparsed=_share([r.canonical is None for _, r in asked], [problem for problem, _ in asked]),
         truncated=_share([not r.complete for r in firsts], items),
         trace_length=clustered([float(len(r.trace_ids)) for r in firsts], items),
         pass_at=_pass_at(traces),

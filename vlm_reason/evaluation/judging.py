@@ -36,6 +36,6 @@ def make_judge(verifier: Verifies, builder: ReadsAnswers) -> Judge:
     def judge(problem: Problem, answer: Completion) -> tuple[Judged, str | None]:
         text = builder.parse_answer(answer.text) if answer.complete else None
         verdict = verifier.verify(problem, text or "")
-        return verdict, canonical(text, answer_kind(problem)) if text else None
+        return verdict, canonical(verdict.parsed, answer_kind(problem)) if verdict.parsed else None
 
     return judge

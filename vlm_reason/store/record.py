@@ -78,7 +78,7 @@ class SampleRecord:
     answer_seed: int | None = None
     correct: bool | None = None
     score: float | None = None
-    parsed: bool | None = None
+    parsed: str | None = None
     failed: bool | None = None
     canonical: str | None = None
     extra: Mapping[str, JSON] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class Judged(Protocol):
     @property
     def score(self) -> float: ...
     @property
-    def parsed(self) -> bool: ...
+    def parsed(self) -> str | None: ...
     @property
     def failed(self) -> bool: ...
 
