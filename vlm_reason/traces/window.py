@@ -290,6 +290,7 @@ def _completions(
             "k": k,
             "proposal": trace.proposal,
             "trace": trace.completion.text,
+            "ids": list(trace.ids),
             "finish": trace.completion.finish,
             "answers": [a.text for a in trace.answers],
             "correct": [v.correct for v in measured.verdicts[g][k]],

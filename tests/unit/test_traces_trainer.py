@@ -1,0 +1,219 @@
+"""TraceTrainer on a tiny model and character tokens: what a step computes, and that nothing else decides it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vlm_reason.errors import UserError
+from vlm_reason.models.adapters import AdapterConfig, adapter_parameters
+from vlm_reason.tasks.templates import Shot, Template
+from vlm_reason.traces import PRESETS, TraceConfig, TraceTrainer, build
+from vlm_reason.types import Problem
+
+TEMPLATE = Template(
+    name="tiny",
+    prior="{question}=",
+    posterior="{question}={hint}=",
+    cue="a:",
+    trace_end="\n",
+    answer_end="\n",
+    answer_prefix=" ",
+    shots=(Shot("1+1", " 1+1", "2"),),
+)
+PROBLEMS = [
+    Problem(f"p{i}", f"{i}+{i + 1}", str(2 * i + 1), metadata={"rationale": f"{i} and {i + 1}"})
+    for i in range(8)
+]
+
+
+def make(tiny_llama, tiny_tokenizer, folder, recipe, **args) -> TraceTrainer:
+    settings = {
+        "prompts_per_window": 4,
+        "prompts_per_step": 2,
+        "max_trace_tokens": 16,
+        "max_answer_tokens": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 7,
+    }
+    return TraceTrainer(
+        tiny_llama,
+        TraceConfig(output_dir=str(folder), **{**settings, **args}),
+        recipe,
+        PROBLEMS,
+        template=TEMPLATE,
+        verifier="number",
+        tokenizer=tiny_tokenizer,
+        adapter=AdapterConfig(r=2, alpha=4),
+        show_progress=False,
+    )
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def snapshot(trainer, name: str) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in adapter_parameters(trainer.model, name).items()}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_runs_and_writes_a_row_a_step(tiny_llama, tiny_tokenizer, tmp_path, name):
+    """The evidence is made dense (y* likelihood) where a random model would never be right."""
+    options = {"vr": {"evidence": "logp", "ratio": "none"}, "vr_released": {"evidence": "mean_logp"}}.get(
+        name, {}
+    )
+    trainer = make(tiny_llama, tiny_tokenizer, tmp_path, build(name, options), rounds=1, traces_per_prompt=2)
+    steps = len(trainer.recipe.phases) * 2
+    trainer.train()
+    rows = rows_of(tmp_path)
+    assert [r["step"] for r in rows] == list(range(1, steps + 1))
+    assert {r["phase"] for r in rows} == {p.name for p in trainer.recipe.phases}
+    needed = {"loss", "bound", "ess", "null_rate", "weight_length_corr", "answer_copied", "unhinted_accuracy",
+              "seconds/generate", "seconds/score", "seconds/train", "tokens/generated", "useful_tokens"}  # fmt: skip
+    assert all(needed <= r.keys() for r in rows)
+    windows = sorted((tmp_path / "completions").glob("window_*.jsonl"))
+    assert len(windows) == len(trainer.recipe.phases)
+
+
+def test_training_one_adapter_leaves_the_other_and_its_moments_alone(tiny_llama, tiny_tokenizer, tmp_path):
+    recipe = build("vr", {"evidence": "logp", "ratio": "none"})
+    trainer = make(tiny_llama, tiny_tokenizer, tmp_path, recipe, rounds=2, traces_per_prompt=6)
+    seen: list[tuple[str, dict, dict, dict]] = []
+    original = trainer.training_step
+
+    def moments(name: str) -> dict[str, torch.Tensor]:
+        state = trainer.optimizer.optimizer.state
+        own = adapter_parameters(trainer.model, name)
+        return {f"{k}.{s}": v.clone() for k, p in own.items() for s, v in state.get(p, {}).items()}
+
+    def spy(model, inputs, n=None):
+        phase = recipe.phases[0 if len(seen) % 4 < 2 else 1].name
+        other = "reasoner" if phase == "posterior" else "posterior"
+        seen.append((other, snapshot(trainer, other), moments(other), snapshot(trainer, phase)))
+        return original(model, inputs, n)
+
+    trainer.training_step = spy
+
+    checks = []
+
+    from transformers import TrainerCallback
+
+    class After(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            other, weights, state_before, trained_before = seen[-1]
+            after = snapshot(trainer, other)
+            assert all(torch.equal(after[k], v) for k, v in weights.items())
+            now = moments(other)
+            assert now.keys() == state_before.keys()
+            assert all(torch.equal(now[k], v) for k, v in state_before.items())
+            trained = snapshot(trainer, "posterior" if other == "reasoner" else "reasoner")
+            checks.append(any(not torch.equal(trained[k], v) for k, v in trained_before.items()))
+
+    trainer.add_callback(After())
+    trainer.train()
+    rows = rows_of(tmp_path)
+    assert checks == [row["rows"] > 0 for row in rows]  # a step without signal changes nothing
+    assert {row["phase"] for row in rows if row["rows"]} == {"posterior", "reasoner"}
+
+
+@pytest.mark.parametrize("name", ["vr", "grpo", "jepo"])
+def test_micro_batches_never_change_the_loss(tiny_llama, tiny_tokenizer, tmp_path, name):
+    """One forward of everything equals one forward a row: the gradient of each step agrees to rounding."""
+    import copy
+
+    options = {"vr": {"evidence": "logp", "ratio": "none"}, "grpo": {"kl": 0.1}, "jepo": {}}[name]
+    results = []
+    for budget in (100_000, 1):
+        folder = tmp_path / str(budget)
+        trainer = make(
+            copy.deepcopy(tiny_llama), tiny_tokenizer, folder, build(name, options), traces_per_prompt=3,
+            tokens_per_microbatch=budget, window_epochs=2,
+        )  # fmt: skip
+        trainer.train()
+        results.append((rows_of(folder), snapshot(trainer, "reasoner")))
+    (rows, weights), (rows_split, weights_split) = results
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in rows_split], rel=1e-4, abs=1e-6)
+    assert [r["grad_norm"] for r in rows] == pytest.approx(
+        [r["grad_norm"] for r in rows_split], rel=1e-3, abs=1e-6
+    )
+    for key, value in weights.items():
+        assert torch.allclose(value, weights_split[key], atol=2e-5)
+
+
+def test_a_windows_loss_is_minus_the_coefficients_times_the_log_probabilities(
+    tiny_llama, tiny_tokenizer, tmp_path
+):
+    """Recomputed from the completions table by an ordinary forward pass of the plain model (B = 0 at step 1)."""
+    import copy
+
+    plain = copy.deepcopy(tiny_llama)
+    trainer = make(
+        tiny_llama, tiny_tokenizer, tmp_path, build("jepo"), traces_per_prompt=3, prompts_per_window=2
+    )
+    trainer.train()
+    table = [
+        json.loads(s) for s in (tmp_path / "completions" / "window_00000.jsonl").read_text().splitlines()
+    ]
+    prompts = trainer.training_prompts
+    by_id = {p.id: p for p in PROBLEMS}
+    total = 0.0
+    for row in table:
+        problem = by_id[row["problem"]]
+        z = tuple(row["ids"])
+        context, y = prompts.prior_ids(problem), prompts.answer_ids(problem.answer)
+        ids = torch.tensor([[*context, *z, *prompts.cue_ids, *y]])
+        with torch.no_grad():
+            logp = plain(ids).logits.float().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        start = len(context) - 1
+        end = start + len(z) + len(prompts.cue_ids)
+        total -= row["c_z"] * float(logp[start : start + len(z)].sum())
+        total -= row["c_y"] * float(logp[end : end + len(y)].sum())
+    assert rows_of(tmp_path)[0]["loss"] == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_bad_data_and_recipes_are_refused_before_anything_starts(tiny_llama, tiny_tokenizer, tmp_path):
+    def attempt(problems=PROBLEMS, recipe=None, adapter=AdapterConfig(r=2), **args):
+        values = {"prompts_per_window": 2, "prompts_per_step": 1, "use_cpu": True, **args}
+        return TraceTrainer(
+            tiny_llama, TraceConfig(output_dir=str(tmp_path), **values), recipe or build("rloo"), problems,
+            template=TEMPLATE, tokenizer=tiny_tokenizer, adapter=adapter, show_progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="train_dataset is empty"):
+        attempt([])
+    with pytest.raises(UserError, match="'p0' occurs twice"):
+        attempt([PROBLEMS[0], PROBLEMS[0]])
+    with pytest.raises(UserError, match="prompts_per_window is 9, but there are only 8 problems"):
+        attempt(prompts_per_window=9)
+    with pytest.raises(UserError, match="needs 'posterior' beside the reasoner"):
+        attempt(recipe=build("rws"), adapter=None)
+    with pytest.raises(UserError, match="leave none for the proposal component"):
+        attempt(recipe=build("vr", {"proposal": "mixture"}), traces_per_prompt=1)
+    with pytest.raises(UserError, match="unknown preset 'vrr'; did you mean 'vr'"):
+        build("vrr")
+    with pytest.raises(UserError, match="no option 'ratios'; did you mean 'ratio'"):
+        build("vr", {"ratios": "none"})
+    with pytest.raises(UserError, match="option 'wake' of preset 'vr' is 'prio'; did you mean 'prior'"):
+        build("vr", {"wake": "prio"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_preset_of_given_traces_says_which_problem_has_none(tiny_llama, tiny_tokenizer, tmp_path):
+    bare = [Problem("bare", "1+2", "3"), *PROBLEMS]
+    trainer = TraceTrainer(
+        tiny_llama,
+        TraceConfig(output_dir=str(tmp_path), prompts_per_window=9, prompts_per_step=3, use_cpu=True),
+        build("sft"),
+        bare,
+        template=TEMPLATE,
+        tokenizer=tiny_tokenizer,
+        adapter=AdapterConfig(r=2),
+        show_progress=False,
+    )
+    with pytest.raises(UserError, match="'bare' has no trace to learn from"):
+        trainer.train()
