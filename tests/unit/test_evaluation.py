@@ -20,6 +20,7 @@ from vlm_reason.evaluation import (
     draw,
     evaluate,
     make_judge,
+    sample_into,
     summarise,
 )
 from vlm_reason.evaluation.metrics import accuracy, pass_at_k, pass_at_k_of_item, pass_hat_k_of_item
@@ -240,3 +241,34 @@ def test_answer_kind_is_read_off_the_problem() -> None:
     assert answer_kind(Problem("a", "q", "1,024")) == "number"
     assert answer_kind(Problem("a", "q", "Yes")) == "yes_no"
     assert answer_kind(Problem("a", "q", "Paris")) == "text"
+
+
+def test_a_store_is_filled_once_and_an_interrupted_fill_goes_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("vlm_reason.evaluation.sampling.SAMPLES_PER_CHUNK", 40)
+    config = EvalConfig(traces=4, answers=2, temperature=1.0)
+    provenance = Provenance("w", "e", 1.0)
+
+    class Stops(World):
+        calls = 0
+
+        def sample(self, requests, progress=None):
+            self.calls += 1
+            if self.calls == 4:  # the second chunk's answers
+                raise KeyboardInterrupt
+            return super().sample(requests, progress)
+
+    def fill(world: World, problems: int, config: EvalConfig = config) -> int:
+        with SampleStore(tmp_path) as store:
+            return sample_into(store, world, Builder(), PROBLEMS[:problems], JUDGE, config, provenance)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(Stops(), 20)
+    kept = len(SampleStore(tmp_path))
+    assert {r.problem_id for r in SampleStore(tmp_path).records()} == {f"p{i}" for i in range(5)}
+    expected = draw(World(), Builder(), PROBLEMS[:20], JUDGE, config, provenance)
+    assert fill(World(), 20) == len(expected) - kept
+    assert sorted(r.key for r in SampleStore(tmp_path).records()) == sorted(r.key for r in expected)
+    assert fill(World(), 20) == 0
+    more = dataclasses.replace(config, traces=6)
+    longer = draw(World(), Builder(), PROBLEMS[:20], JUDGE, more, provenance)
+    assert fill(World(), 20, more) == len(longer) - len(expected)  # the first four traces stay

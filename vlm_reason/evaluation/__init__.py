@@ -4,6 +4,7 @@ model."""
 from .bound import BoundConfig, BoundResult, bound
 from .harness import EvalConfig, EvalResult, compare, draw, evaluate, summarise
 from .judging import answer_kind, make_judge
+from .sampling import sample_into
 
 __all__ = [
     "BoundConfig",
@@ -16,5 +17,6 @@ __all__ = [
     "draw",
     "evaluate",
     "make_judge",
+    "sample_into",
     "summarise",
 ]
