@@ -54,7 +54,9 @@ def make_atoms(slots: Tensor, logp_answer: Tensor, samples: int) -> Atoms:
     return Atoms(repeated, answers, logp)
 
 
-def group_logp(atoms: Atoms, groups: Tensor) -> Tensor:
-    """log probability of each group, [G], given as atom numbers [G, K]."""
-    slots = torch.arange(groups.shape[1])
-    return atoms.logp[slots, groups].sum(1)
+def possible_groups(atoms: Atoms, size: int) -> tuple[Tensor, Tensor]:
+    """All groups of positive probability, as atom numbers [G, K], and their log-probabilities [G]."""
+    groups = tuples(atoms.logp.shape[1], size)
+    logp = atoms.logp[torch.arange(size), groups].sum(1)
+    possible = ~logp.isneginf()
+    return groups[possible], logp[possible]

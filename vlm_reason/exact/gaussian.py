@@ -55,8 +55,9 @@ class LinearGaussian:
                 "need weight [D, d], bias [D] and a scalar noise, got "
                 f"{list(self.weight.shape)}, {list(self.bias.shape)} and {list(self.noise.shape)}"
             )
-        if not float(self.noise) > 0:
-            raise UserError(f"noise is a standard deviation and must be > 0, got {float(self.noise)}")
+        noise = self.noise.item()
+        if not noise > 0:
+            raise UserError(f"noise is a standard deviation and must be > 0, got {noise}")
 
     @classmethod
     def random(cls, observed: int = 3, latent: int = 2, noise: float = 0.5, seed: int = 0) -> LinearGaussian:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from ..types import Coefficients, Scores
-from .expectation import Atoms, group_logp, make_atoms, tuples
+from .expectation import Atoms, make_atoms, possible_groups
 
 if TYPE_CHECKING:
     from .world import EnumerableWorld
@@ -106,8 +106,8 @@ def expected_update(
     m = samples if sampled or targets == "sampled" else 0
     logp_answers = world.logp_answers().detach()
     atoms = make_atoms(slots, logp_answers, m)
-    groups = tuples(len(atoms.trace), traces)
-    probability = group_logp(atoms, groups).exp()
+    groups, log_probability = possible_groups(atoms, traces)
+    probability = log_probability.exp()
     if density is None:
         density = torch.logsumexp(slots, 0) - math.log(traces)
     scores = _scores(

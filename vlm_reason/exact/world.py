@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..types import Problem
-from .expectation import group_logp, make_atoms, tuples
+from .expectation import make_atoms, possible_groups
 from .laws import Laws, ModelLaws, TableLaws
 from .strings import Strings
 from .update import Answer, expected_update
@@ -183,9 +183,9 @@ class EnumerableWorld:
         logr = self.logq(self.right(answer)[0]) if proposal is None else proposal
         self._check_proposal(logr)
         atoms = make_atoms(logr.expand(traces, -1), self.logp_answers(), samples=0)
-        groups = tuples(len(atoms.trace), traces)
+        groups, log_probability = possible_groups(atoms, traces)
         logw = (self.log_joint(answer) - logr)[atoms.trace[groups]]
-        return (group_logp(atoms, groups).exp() * bound(logw)).sum()
+        return (log_probability.exp() * bound(logw)).sum()
 
     def iwae_bound(self, answer: Answer, traces: int, proposal: Tensor | None = None) -> Tensor:
         """L_K = E log (1/K) sum_k w_k, a scalar. K = 1 is the ELBO."""

@@ -93,7 +93,9 @@ class LooMean(Normaliser):
 
     def formula(self, logw: Tensor, mask: Tensor, uniforms: Tensor | None) -> Tensor:
         values, known = _rewards(logw, mask, self.acts_on, self.floor)
-        return (values - leave_one_out_mean(values, known)).masked_fill(~known, 0.0)
+        # Equal rewards must give exactly 0: Adam would blow a rounding error up to a full step.
+        flat = (_all_equal(values, known) & (known.sum(1) > 1)).unsqueeze(1)
+        return (values - leave_one_out_mean(values, known)).masked_fill(~known | flat, 0.0)
 
 
 @dataclass(frozen=True)
