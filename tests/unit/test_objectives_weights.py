@@ -115,6 +115,16 @@ def test_weights_ignore_a_constant(row: list[float], shift: float) -> None:
         np.testing.assert_allclose(vimco_signal(tensor(row) + shift), vimco_signal(tensor(row)), atol=1e-8)
 
 
+def test_long_traces_keep_their_digits_in_fp32() -> None:
+    # Log weights of traces of thousands of tokens, exact in fp32: nothing may be lost to their common size.
+    row, size = [0.25, -1.5, 0.75], -4096.0
+    for function in (self_normalised, vimco_signal, effective_sample_size):
+        far = function(torch.tensor([row]) + size)
+        np.testing.assert_allclose(far, function(tensor(row)), rtol=3e-6)
+    lone = vimco_signal(torch.tensor([[size, -INF]]))
+    np.testing.assert_allclose(lone[0], [size - math.log(2), -math.log(2)], rtol=1e-6)
+
+
 def test_null_and_empty_groups_get_zeros() -> None:
     null, empty = torch.full((1, 3), -INF), torch.zeros(1, 3, dtype=torch.bool)
     for function in (self_normalised, forward_chi2_weights, vimco_baseline, vimco_signal, iwae_score_weights):

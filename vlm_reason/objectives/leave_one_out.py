@@ -50,19 +50,8 @@ def vimco_baseline(
     (arXiv 1602.06725) prefer, at no gain when weights can be 0 (s_k is then 0). Where every other draw has
     weight 0, or there is none, the baseline is 0: constant, hence still unbiased. Never -inf.
     """
-    if stand_in not in ("arithmetic", "geometric"):
-        raise UserError(f"stand_in of vimco_baseline must be 'arithmetic' or 'geometric', got {stand_in!r}")
-    arithmetic = leave_one_out_log_mean_exp(logw, mask)
-    if stand_in == "arithmetic":
-        return arithmetic.masked_fill(arithmetic.isneginf(), 0.0)
-    logw, mask = as_groups(logw, mask)
-    count = drawn(mask).to(logw.dtype).unsqueeze(1)
-    zero = logw.isneginf() & mask
-    other_zero = (zero.sum(1, keepdim=True) - zero.long()) > 0
-    log_s = leave_one_out_mean(logw.masked_fill(logw.isneginf(), 0.0), mask).masked_fill(other_zero, NEG_INF)
-    log_sum_others = arithmetic + (count - 1).clamp(min=1).log()
-    baseline = torch.logaddexp(log_sum_others, log_s) - count.log()
-    return baseline.masked_fill(_undefined(mask) | baseline.isneginf(), 0.0)
+    baseline = _without_own_draw(*as_groups(logw, mask), stand_in)
+    return baseline.masked_fill(baseline.isneginf(), 0.0)
 
 
 def vimco_signal(
@@ -74,11 +63,31 @@ def vimco_signal(
     E sum_k signal_k grad log r(z_k) = E sum_k L_K grad log r(z_k). 0 for a null group (all weights 0: the
     bound is -inf there and has no gradient) and at masked entries.
     """
-    baseline = vimco_baseline(logw, mask, stand_in)
     logw, mask = as_groups(logw, mask)
-    bound = log_mean_exp(logw, mask).unsqueeze(1)
-    silent = bound.isneginf() | ~mask
-    return (bound.masked_fill(bound.isneginf(), 0.0) - baseline).masked_fill(silent, 0.0)
+    top = logw.amax(1, keepdim=True)
+    null = top.isneginf()
+    # Relative to the largest weight: the difference of two log-sums near -3000 would cost four digits in fp32.
+    top = top.masked_fill(null, 0.0)
+    bound = log_mean_exp(logw - top, mask).unsqueeze(1).masked_fill(null, 0.0)
+    baseline = _without_own_draw(logw - top, mask, stand_in)
+    none = baseline.isneginf()
+    signal = torch.where(none, bound + top, bound - baseline.masked_fill(none, 0.0))
+    return signal.masked_fill(null | ~mask, 0.0)
+
+
+def _without_own_draw(logw: Tensor, mask: Tensor, stand_in: str) -> Tensor:
+    """VIMCO's b_k of checked log weights; -inf where there are no other draws or all of them have weight 0."""
+    if stand_in not in ("arithmetic", "geometric"):
+        raise UserError(f"stand_in of vimco_baseline must be 'arithmetic' or 'geometric', got {stand_in!r}")
+    arithmetic = leave_one_out_log_mean_exp(logw, mask).masked_fill(_undefined(mask), NEG_INF)
+    if stand_in == "arithmetic":
+        return arithmetic
+    count = drawn(mask).to(logw.dtype).unsqueeze(1)
+    zero = logw.isneginf() & mask
+    other_zero = (zero.sum(1, keepdim=True) - zero.long()) > 0
+    log_s = leave_one_out_mean(logw.masked_fill(logw.isneginf(), 0.0), mask).masked_fill(other_zero, NEG_INF)
+    log_sum_others = arithmetic + (count - 1).clamp(min=1).log()
+    return (torch.logaddexp(log_sum_others, log_s) - count.log()).masked_fill(_undefined(mask), NEG_INF)
 
 
 def _undefined(mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .groups import as_groups, log_mean_exp, log_sum_exp
+from .groups import as_groups, log_mean_exp
 from .leave_one_out import vimco_signal
 
 
@@ -25,8 +25,8 @@ def self_normalised(logw: Tensor, mask: Tensor | None = None) -> Tensor:
     posterior expectation. Reweighted wake-sleep, Bornschein & Bengio 2015.
     """
     logw, _ = as_groups(logw.detach(), mask)
-    total = log_sum_exp(logw).unsqueeze(1)
-    return (logw - total.masked_fill(total.isneginf(), 0.0)).exp()
+    null = logw.isneginf().all(1, keepdim=True)
+    return logw.masked_fill(null, 0.0).softmax(1).masked_fill(null, 0.0)
 
 
 def forward_chi2_weights(logw: Tensor, mask: Tensor | None = None, order: float = 2) -> Tensor:
@@ -67,10 +67,10 @@ def effective_sample_size(logw: Tensor, mask: Tensor | None = None) -> Tensor:
 
     0 for null and empty groups. Blind to modes that no draw has hit; see `pareto_k`. Kong 1992.
     """
-    logw, _ = as_groups(logw.detach(), mask)
-    one, two = log_sum_exp(logw), log_sum_exp(2 * logw)
-    null = one.isneginf()
-    return (2 * one.masked_fill(null, 0.0) - two.masked_fill(null, 0.0)).exp().masked_fill(null, 0.0)
+    rho = self_normalised(logw, mask)
+    square = rho.square().sum(1)
+    null = square == 0
+    return (1 / square.masked_fill(null, 1.0)).masked_fill(null, 0.0)
 
 
 def max_weight(logw: Tensor, mask: Tensor | None = None) -> Tensor:
