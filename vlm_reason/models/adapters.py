@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError, nearest
 
@@ -147,26 +147,31 @@ def save_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | N
 
 
 def load_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | None = None) -> None:
-    """Copy the adapters saved under `folder` into `model` in place, bit for bit; flags and active adapter stay."""
+    """Copy the adapters saved under `folder` into `model` in place, bit for bit; flags and active adapter stay.
+    All of them fit, or none is touched."""
+    pairs: list[tuple[Tensor, Tensor]] = []
     for name in list(model.peft_config) if names is None else names:
-        path = Path(folder) / _known(model, name) / "adapter_model.safetensors"
-        if not path.is_file():
-            raise UserError(f"no adapter {name!r} in {folder}: {path.name} is missing there")
-        saved = load_file(path)
-        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        wrong = sorted(
-            key
-            for key in own.keys() | saved.keys()
-            if key not in own or key not in saved or own[key].shape != saved[key].shape
+        pairs += _matched(model, _known(model, name), Path(folder))
+    with torch.no_grad():
+        for own, saved in pairs:
+            own.copy_(saved)
+
+
+def _matched(model: PeftModel, name: str, folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the model, tensor on disk) of one adapter."""
+    path = folder / name / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no adapter {name!r} in {folder}: {path.name} is missing there")
+    saved = load_file(path)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    both = own.keys() & saved.keys()
+    wrong = sorted((own.keys() ^ saved.keys()) | {key for key in both if own[key].shape != saved[key].shape})
+    if wrong:
+        raise UserError(
+            f"adapter {name!r} in {folder} does not fit the model: {len(wrong)} of {len(own)} tensors differ in "
+            f"name or shape, the first is {wrong[0]!r}; use the rank and target modules it was trained with"
         )
-        if wrong:
-            raise UserError(
-                f"adapter {name!r} in {folder} does not fit the model: {len(wrong)} of {len(own)} tensors differ in "
-                f"name or shape, the first is {wrong[0]!r}; use the rank and target modules it was trained with"
-            )
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(saved[key])
+    return [(own[key], saved[key]) for key in own]
 
 
 def _lora_config(config: AdapterConfig, target_modules: str | tuple[str, ...]) -> LoraConfig:

@@ -67,7 +67,7 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm-reason"
 
 
-def ensure_builtin(alias: str, convert: Convert | None = None) -> Path:
+def ensure_builtin(alias: str = "smollm2-135m", convert: Convert | None = None) -> Path:
     """The folder of built-in model `alias`; built on first use (about 20 s) and again if its files are damaged.
 
     The build happens in a temporary folder that is renamed when complete, so another process sees nothing or a whole
