@@ -24,7 +24,7 @@ _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\d
 # A minus directly behind a digit, a letter or a bracket subtracts; elsewhere it is a sign. The last number of
 # "58-26" is 26, that of "= -26" is -26.
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>(?<![\w)\]])-\s?)?[$€£]?(?P<inner>-)?(?P<digits>{_UNSIGNED})"
+    rf"(?<![\w.])(?P<sign>(?<![\w)\]])-\s?)?(?:[$€£](?P<inner>-)?)?(?P<digits>{_UNSIGNED})"
     rf"(?:\s?/\s?(?P<under>\d+)(?![\d.]))?(?![\d]|[eE]\d)"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
@@ -32,7 +32,7 @@ _LONGEST_NUMBER = 100
 _CUE = re.compile(
     r"(?:####|\b(?:final\s+)?answer\s*(?:\*\*)?\s*(?:is\b|:|=)|<answer>)(?P<tail>[^\n]*)", re.IGNORECASE
 )
-_LONE_CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*(?:$|[).:](?:\s|$).*)", re.DOTALL)
+_LEADING_CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*(?:$|[).:](?:\s|$)(?P<rest>.*))", re.DOTALL)
 _CHOICE_IN_TEXT = re.compile(r"\(([A-Z])\)|\b(?:option|choice)\s+\(?([A-Z])\b")
 _YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
@@ -63,7 +63,8 @@ def canonical(answer: str, kind: AnswerKind) -> str | None:
     _check(kind)
     if kind == "number":
         value = to_number(answer)
-        return None if value is None else _write_number(value)
+        form = "" if value is None else _write_number(value)
+        return form if 0 < len(form) <= _LONGEST_NUMBER else None
     if kind == "choice":
         return _find_choice(answer)
     if kind == "yes_no":
@@ -171,8 +172,9 @@ def _write_number(value: Fraction) -> str:
 
 def _find_choice(text: str) -> str | None:
     stripped = _unwrap(text)
-    if lone := _LONE_CHOICE.fullmatch(stripped):
-        return lone[1].upper()
+    leading = _LEADING_CHOICE.fullmatch(stripped)
+    if leading and not _CHOICE_IN_TEXT.search(leading["rest"] or ""):  # "(A) is wrong, so (B)" is not A
+        return leading[1].upper()
     named = [a or b for a, b in _CHOICE_IN_TEXT.findall(stripped)]
     return named[-1] if named else None
 

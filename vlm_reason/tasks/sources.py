@@ -100,7 +100,8 @@ def load_problems(spec: TaskSpec) -> list[Problem]:
 def held_out(problems: Sequence[Problem], training: Sequence[Problem]) -> list[Problem]:
     """The problems whose question does not occur in `training`, and each question once.
 
-    Needed for generators: with 2 terms of 1 digit, two seeds share many questions.
+    Needed for generators. Most of reasoning-gym draws problem i from seed + i, so seed 8 is seed 7 shifted by one: take
+    seeds far apart. Small problems (2 terms of 1 digit) repeat even then.
     """
     seen = {p.question for p in training}
     kept = []

@@ -135,7 +135,7 @@ def _evaluate(tokens: list[str]) -> Fraction | None:
     """Value of an expression by precedence climbing, or None if it is none (or divides by zero)."""
     try:
         value, rest = _sum(tokens)
-    except (IndexError, ValueError, ZeroDivisionError):
+    except (IndexError, ValueError, ZeroDivisionError, RecursionError):
         return None
     return None if rest else value
 
@@ -170,4 +170,6 @@ def _atom(tokens: list[str]) -> tuple[Fraction, list[str]]:
         if rest[0] != ")":
             raise ValueError("unbalanced bracket")
         return value, rest[1:]
+    if not _is_number(head):
+        raise ValueError(f"expected a number, got {head!r}")
     return Fraction(Decimal(head.replace(",", ""))), rest
