@@ -21,6 +21,7 @@ from vlm_reason.evaluation import (
     evaluate,
     make_judge,
     sample_into,
+    stored,
     summarise,
 )
 from vlm_reason.evaluation.metrics import accuracy, pass_at_k, pass_at_k_of_item, pass_hat_k_of_item
@@ -269,6 +270,10 @@ def test_a_store_is_filled_once_and_an_interrupted_fill_goes_on(tmp_path, monkey
     assert fill(World(), 20) == len(expected) - kept
     assert sorted(r.key for r in SampleStore(tmp_path).records()) == sorted(r.key for r in expected)
     assert fill(World(), 20) == 0
+    with SampleStore(tmp_path) as store:
+        store.append(draw(World(), Builder(), PROBLEMS[:20], JUDGE, config, Provenance("other", "e", 1.0)))
+        mine = stored(store, Builder(), PROBLEMS[:20], config, provenance)
+    assert {r.key for r in mine} == {r.key for r in expected}
     more = dataclasses.replace(config, traces=6)
     longer = draw(World(), Builder(), PROBLEMS[:20], JUDGE, more, provenance)
     assert fill(World(), 20, more) == len(longer) - len(expected)  # the first four traces stay

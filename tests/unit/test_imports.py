@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines": BASE | {"compat"} | SOURCES | {"scoring"},
     **{name: _shared for name in LATENTS},
     **{name: _shared | LATENTS for name in JUDGES},
+    "__main__": {"cli"},
     "cli": _shared | {"exact"} | LATENTS | JUDGES,
 }
 

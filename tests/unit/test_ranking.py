@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from vlm_reason.engines.base import Law, ScoreRequest
 from vlm_reason.errors import UserError
-from vlm_reason.ranking import METHODS, Candidates, candidates_from_records, rank, score_matrix
+from vlm_reason.ranking import METHODS, Candidates, candidates_from_records, rank, score_matrices
 from vlm_reason.ranking.mixture import log_marginal
 from vlm_reason.store import SampleRecord
-from vlm_reason.types import Problem, StopRule
 
 INF = math.inf
 
@@ -219,26 +218,17 @@ class Scorer:
         return [tuple(-(sum(r.context_ids) + t) / 1000 for t in r.target_ids) for r in requests]
 
 
-class Builder:
-    cue_ids = (9,)
-    trace_stop = answer_stop = StopRule()
-
-    def prior_ids(self, problem: Problem) -> tuple[int, ...]:
-        return (100,)
-
-    def hinted_ids(self, problem: Problem) -> tuple[int, ...]:
-        raise AssertionError("a ranker never sees the hint")
-
-
-def test_score_matrix_scores_each_distinct_rationale_once_with_the_sampled_ids() -> None:
+def test_score_matrices_score_each_distinct_rationale_once_with_the_sampled_ids() -> None:
     engine = Scorer()
-    matrix = score_matrix(engine, Builder(), Problem("p", "q", "8"), RECORDS, Law())
-    assert engine.asked == 2 * 3  # two distinct complete traces ((1,) three times), three strings
+    other = [dataclasses.replace(record(0, "9", "9"), problem_id="o", prompt_ids=(200,))]
+    matrices = score_matrices(engine, (9,), {"p": RECORDS, "o": other}, Law())
+    assert engine.asked == 2 * 3 + 1  # two distinct complete rationales ((1,) three times), three strings
     expected = np.full((5, 3), -INF)
     for n, answer in itertools.product((0, 2, 3, 4), range(3)):
-        context = 100 + sum(RECORDS[n].trace_ids) + 9
+        context = sum(RECORDS[n].trace_ids) + 9
         ids = [ord(c) for c in ("8", "8.0", "?")[answer]]
         expected[n, answer] = -sum(context + t for t in ids) / 1000
-    assert np.allclose(matrix, expected)
-    made = dataclasses.replace(candidates_from_records(RECORDS), logp_answer=matrix)
+    assert np.allclose(matrices["p"], expected)
+    assert matrices["o"].tolist() == [[-(200 + 1 + 9 + ord("9")) / 1000]]
+    made = dataclasses.replace(candidates_from_records(RECORDS), logp_answer=matrices["p"])
     assert rank(made, "mixture").answer == "8"

@@ -4,7 +4,7 @@ model."""
 from .bound import BoundConfig, BoundResult, bound
 from .harness import EvalConfig, EvalResult, compare, draw, evaluate, summarise
 from .judging import answer_kind, make_judge
-from .sampling import sample_into
+from .sampling import sample_into, stored
 
 __all__ = [
     "BoundConfig",
@@ -18,5 +18,6 @@ __all__ = [
     "evaluate",
     "make_judge",
     "sample_into",
+    "stored",
     "summarise",
 ]

@@ -20,6 +20,9 @@ from ..store import Judge, Provenance, SampleRecord, records_of
 from ..types import Estimate, Problem
 from .metrics import accuracy, pass_at_k
 
+TraceKey = tuple[str, int, int]
+"""Problem id, k, seed: a store may hold draws of several run seeds."""
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -138,12 +141,12 @@ def summarise(records: Sequence[SampleRecord], seconds: float = 0.0) -> EvalResu
     did not get, so that it weighs as much as any other trace. UserError for records of several models or
     without verdicts."""
     _check_one_model(records)
-    traces: dict[tuple[str, int], list[SampleRecord]] = {}
+    traces: dict[TraceKey, list[SampleRecord]] = {}
     for record in records:
-        traces.setdefault((record.problem_id, record.k), []).append(record)
-    items = [problem for problem, _ in traces]
+        traces.setdefault((record.problem_id, record.k, record.seed), []).append(record)
+    items = [problem for problem, _, _ in traces]
     right = [sum(bool(r.correct) for r in group) / len(group) for group in traces.values()]
-    asked = [(problem, r) for (problem, _), group in traces.items() for r in group if r.answered]
+    asked = [(problem, r) for (problem, _, _), group in traces.items() for r in group if r.answered]
     per_problem = _mean_by_item(items, right)
     firsts = [group[0] for group in traces.values()]
     return EvalResult(
@@ -191,12 +194,12 @@ def _share(flags: Sequence[bool], items: Sequence[str]) -> Estimate:
     return accuracy([float(flag) for flag in flags], items)
 
 
-def _pass_at(traces: Mapping[tuple[str, int], Sequence[SampleRecord]]) -> dict[int, Estimate]:
+def _pass_at(traces: Mapping[TraceKey, Sequence[SampleRecord]]) -> dict[int, Estimate]:
     """pass@k over traces, the first answer of each: draws behind one trace are not independent draws of the
     model."""
     n: dict[str, int] = {}
     right: dict[str, int] = {}
-    for (problem, _), group in traces.items():
+    for (problem, _, _), group in traces.items():
         n[problem] = n.get(problem, 0) + 1
         right[problem] = right.get(problem, 0) + bool(group[0].correct)
     most = max(n.values(), default=0)

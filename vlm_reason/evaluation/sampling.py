@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..engines.base import Engine
 from ..engines.rollout import Prompts
 from ..engines.seeds import counter_seed
-from ..store import Judge, Provenance, SampleStore
+from ..store import Judge, Provenance, SampleRecord, SampleStore
 from ..types import Problem
 from .harness import EvalConfig, draw
 
@@ -42,13 +42,35 @@ def is_stored(
     store: SampleStore, builder: Prompts, problem: Problem, config: EvalConfig, provenance: Provenance
 ) -> bool:
     """Is every trace of `problem` there, with all its answers or without any because it was cut?"""
-    prompt = builder.prior_ids(problem)
 
     def has(k: int, m: int) -> bool:
-        return store.has(
-            provenance.key(prompt, counter_seed(config.seed, "eval", 0, problem.id, 0, k, 0), k, m)
-        )
+        return store.has(_key(builder, problem, config, provenance, k, m))
 
     return all(
         has(k, 0) or all(has(k, m) for m in range(1, config.answers + 1)) for k in range(config.traces)
+    )
+
+
+def stored(
+    store: SampleStore,
+    builder: Prompts,
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    provenance: Provenance,
+) -> list[SampleRecord]:
+    """The records in the store that `config` asks for, and no others."""
+    wanted = {
+        _key(builder, problem, config, provenance, k, m)
+        for problem in problems
+        for k in range(config.traces)
+        for m in range(config.answers + 1)
+    }
+    return [record for record in store.records() if record.key in wanted]
+
+
+def _key(
+    builder: Prompts, problem: Problem, config: EvalConfig, provenance: Provenance, k: int, m: int
+) -> str:
+    return provenance.key(
+        builder.prior_ids(problem), counter_seed(config.seed, "eval", 0, problem.id, 0, k, 0), k, m
     )

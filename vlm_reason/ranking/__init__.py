@@ -14,7 +14,7 @@ from ..errors import UserError, nearest
 from .best_of_n import best_of_n_mean, best_of_n_sum
 from .candidates import Candidates, Ranking, candidates_from_records
 from .mixture import mixture
-from .scores import score_matrix
+from .scores import score_matrices
 from .votes import majority, weighted_vote
 
 Ranker = Callable[[Candidates], Ranking]
@@ -45,5 +45,5 @@ __all__ = [
     "Ranking",
     "candidates_from_records",
     "rank",
-    "score_matrix",
+    "score_matrices",
 ]

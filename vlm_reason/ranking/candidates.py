@@ -151,8 +151,8 @@ def normalise(log_scores: Sequence[float]) -> list[float]:
 def candidates_from_records(records: Sequence[SampleRecord]) -> Candidates:
     """The candidates in one problem's stored samples, one a record (M answers behind one trace are M
     candidates).
-    `logp_answer` is left out: it takes a model (see `score_matrix`). Records from different weights or problems are
-    refused: they are not draws of one law."""
+    `logp_answer` is left out: it takes a model (see `score_matrices`). Records from different weights or
+    problems are refused: they are not draws of one law."""
     if not records:
         raise UserError("no samples to rank")
     for name in ("problem_id", "weights"):

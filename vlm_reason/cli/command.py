@@ -1,0 +1,25 @@
+"""What a command is: its words for --help, and two functions. `run` computes and writes, `show` prints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """run(options) gives what --json prints; show(result) prints the same for people. `after_interrupt` tells
+    what Ctrl-C left behind."""
+
+    name: str
+    help: str
+    description: str
+    epilog: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result]
+    show: Callable[[Result], None]
+    after_interrupt: str

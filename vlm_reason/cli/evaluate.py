@@ -1,0 +1,163 @@
+"""vlm-reason eval: accuracy with intervals, base model against trained, from a model or from stored
+samples."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..atomic import write_atomically
+from ..config import RunConfig, from_dict
+from .command import Command, Result
+from .output import console, to_json
+from .sample import samples_folder
+from .tables import difference_table, systems_table
+from .wiring import (
+    SYSTEMS,
+    System,
+    add_problem_choice,
+    add_system_choice,
+    choose_records,
+    load_section,
+    read_config,
+    sampling_config,
+    serve,
+    systems_in,
+    task_judge,
+    trained_folder,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation import BoundConfig, BoundResult, EvalConfig, EvalResult
+
+_DESCRIPTION = """\
+Accuracy with 95% intervals. When OUTPUT_DIR holds a trained model, the base and the trained model
+are run on the same problems with the same seeds, and their difference is paired problem by problem.
+A trace that was cut and an answer that cannot be read count as wrong and are listed. Writes
+OUTPUT_DIR/eval/result.json."""
+
+_EPILOG = """\
+keys (section `evaluation`): traces (1), answers (1), temperature (0 = greedy), top_p,
+max_trace_tokens, max_answer_tokens, seed; bound_traces (0): K > 0 also measures the bound IWAE-K of
+log p(y*|x)
+
+examples:
+  vlm-reason eval recipe.yaml
+  vlm-reason eval recipe.yaml evaluation.traces=8 evaluation.temperature=1 evaluation.bound_traces=8
+  vlm-reason eval recipe.yaml --from-store             from OUTPUT_DIR/samples, without a model
+  vlm-reason eval recipe.yaml --system base --json"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_problem_choice(parser)
+    add_system_choice(parser, default="both, if something was trained")
+    parser.add_argument("--from-store", action="store_true", help="judge stored samples instead of drawing")
+    parser.add_argument("--store", help="folder of samples (default: OUTPUT_DIR/samples)")
+
+
+def _run(options: argparse.Namespace) -> Result:
+    config = read_config(options)
+    if options.from_store or options.store:
+        result = _from_store(options.store or str(samples_folder(config.output_dir)), options.system)
+    else:
+        result = _from_model(config, options)
+    path = Path(config.output_dir) / "eval" / "result.json"
+    write_atomically(path, to_json(result, indent=1) + "\n")
+    return {"file": str(path), **result}
+
+
+def _from_model(config: RunConfig, options: argparse.Namespace) -> Result:
+    from ..evaluation import bound, evaluate
+
+    settings, bound_settings = _settings(config)
+    problems = load_section(config, options.on)
+    systems = (options.system,) if options.system else SYSTEMS if trained_folder(config) else SYSTEMS[:1]
+    results: dict[System, EvalResult] = {}
+    bounds: dict[System, BoundResult] = {}
+    for system, served in serve(config, systems).items():
+        progress = None if options.quiet else system
+        mine = dataclasses.replace(settings, adapter=served.adapter)
+        judge = task_judge(config, options.on, served.builder)
+        results[system] = evaluate(served.engine, served.builder, problems, judge, mine, progress)
+        if bound_settings is not None:
+            at = dataclasses.replace(bound_settings, adapter=served.adapter)
+            bounds[system] = bound(served.engine, served.builder, problems, at, progress)
+    return {"source": "model", "on": options.on, **_report(results, bounds)}
+
+
+def _settings(config: RunConfig) -> tuple[EvalConfig, BoundConfig | None]:
+    from ..evaluation import BoundConfig
+
+    section = dict(config.evaluation)
+    traces = section.pop("bound_traces", 0)
+    settings = sampling_config(dataclasses.replace(config, evaluation=section), "evaluation", {})
+    if not traces:
+        return settings, None
+    measured = {"traces": traces, "max_trace_tokens": settings.max_trace_tokens, "seed": settings.seed}
+    return settings, from_dict(BoundConfig, measured, "evaluation.bound_traces")
+
+
+def _from_store(folder: str, system: System | None) -> Result:
+    from ..evaluation import summarise
+    from ..store import SampleStore
+
+    records = list(SampleStore.open(folder).records())
+    systems = (system,) if system else systems_in(records)
+    results = {name: summarise(choose_records(records, name)) for name in systems}
+    return {"source": folder, **_report(results, {})}
+
+
+def _report(results: Mapping[System, EvalResult], bounds: Mapping[System, BoundResult]) -> dict[str, Any]:
+    systems = {name: result.to_json() for name, result in results.items()}
+    for name, measured in bounds.items():
+        systems[name]["bound"] = measured.to_json()
+    return {"systems": systems, "differences": _differences(results, bounds)}
+
+
+def _differences(
+    results: Mapping[System, EvalResult], bounds: Mapping[System, BoundResult]
+) -> dict[str, Any]:
+    """Trained minus base. The bound is compared where both are finite; `left_out` counts the other
+    problems."""
+    from ..evaluation import compare
+    from ..stats import paired_difference
+
+    if not {"base", "trained"} <= results.keys():
+        return {}
+    differences = {"accuracy": compare(results["trained"], results["base"]).to_json()}
+    if {"base", "trained"} <= bounds.keys():
+        before, after = bounds["base"].per_problem, bounds["trained"].per_problem
+        both = [name for name in before if math.isfinite(before[name]) and math.isfinite(after[name])]
+        paired = paired_difference({n: after[n] for n in both}, {n: before[n] for n in both})
+        differences["bound"] = {**paired.to_json(), "left_out": len(before) - len(both)}
+    return differences
+
+
+def _show(result: Result) -> None:
+    out = console()
+    counts = {name: system["problems"] for name, system in result["systems"].items()}
+    out.print(systems_table(f"{max(counts.values(), default=0)} problems, 95% intervals", result["systems"]))
+    if result["differences"]:
+        out.print(difference_table("trained minus base, paired by problem", result["differences"]))
+    for name, system in result["systems"].items():
+        if system["verifier_failures"]:
+            out.print(
+                f"{name}: the verifier failed on {system['verifier_failures']} answers (counted as wrong)"
+            )
+    out.print(f"written to {result['file']}", highlight=False)
+
+
+COMMAND = Command(
+    name="eval",
+    help="accuracy with intervals, base model against trained",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+    add_arguments=_add_arguments,
+    run=_run,
+    show=_show,
+    after_interrupt="nothing was written",
+)

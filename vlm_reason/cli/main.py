@@ -1,0 +1,128 @@
+"""vlm-reason train|sample|rank|eval CONFIG [key=value ...]
+
+Exit status: 0 done; 1 the machine failed (a full disk, no permission); 2 something to mend in the input; 130
+Ctrl-C. Each failure is one line on stderr. With --json stdout holds one JSON object and nothing else,
+whatever a library prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+from . import evaluate, rank, sample, train
+from .command import Command
+from .output import dump_json, json_stdout
+
+COMMANDS: tuple[Command, ...] = (train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND)
+
+_DESCRIPTION = """\
+Post-train language models whose chain of thought is a latent variable, sample and rank rationales,
+and evaluate with intervals."""
+
+_EPILOG = """\
+examples:
+  vlm-reason train recipe.yaml                       train as the file says; repeat it to resume
+  vlm-reason train recipe.yaml preset=rws seed=1     change any key of the file
+  vlm-reason sample recipe.yaml                      draw rationales into OUTPUT_DIR/samples
+  vlm-reason rank recipe.yaml --method mixture       order answers and rationales of each problem
+  vlm-reason eval recipe.yaml --json > result.json   accuracy with intervals, base against trained
+
+vlm-reason COMMAND --help says more of each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    options = _parse(parser, arguments)
+    command: Command = options.command
+    try:
+        if options.json:
+            with json_stdout() as stdout:
+                result = command.run(options)
+                dump_json(result, stdout)
+        else:
+            command.show(command.run(options))
+            sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; {command.after_interrupt}", 130)
+    except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        message = _machine_failure(error)
+        if message is None:
+            raise
+        return _fail(message, 1)
+    return 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes `key=value` only where the first of them stands; we take them behind options too."""
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        if argument.startswith("-") or "=" not in argument:
+            parser.error(f"unrecognized argument {argument!r} (see vlm-reason {options.command.name} --help)")
+    options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlm-reason",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.description,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("config", metavar="CONFIG", help="YAML file that describes the run")
+        sub.add_argument(
+            "overrides",
+            metavar="key=value",
+            nargs="*",
+            help="change a key of the file; dots enter sections (trainer.learning_rate=1e-4); values are YAML",
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+        )
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_arguments(sub)
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"vlm-reason: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _machine_failure(error: BaseException) -> str | None:
+    """One line for a failure that is neither a mistake of the user's nor ours; None for the rest (a
+    traceback)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(chain):  # some writers re-raise without the number
+            place = getattr(chain, "filename", None)
+            return f"the disk is full{f' ({place})' if place else ''}; free some space and run the same command again"
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
