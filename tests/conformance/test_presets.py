@@ -1,7 +1,8 @@
 """Every preset's exact expected update equals the gradient of what it says it optimises.
 
-The update is `weigh` summed over all groups that could be drawn (exact/update.py). The reference is autograd of a closed
-functional of the same world, or a plain loop over tuples, written here without `vlm_reason.objectives`.
+The update is `weigh` summed over all groups that could be drawn (exact/update.py). The reference is autograd
+of a closed functional of the same world, or a plain loop over tuples, written here without
+`vlm_reason.objectives`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def policy_update(world: EnumerableWorld, name: str, traces: int, **options):
     )
 
 
-# ---- right-or-wrong rewards: c(P) grad log P ----------------------------------------------------------------------
+# ---- right-or-wrong rewards: c(P) grad log P ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("traces", [1, 2, 3])
@@ -112,8 +113,9 @@ def test_star_filters_whatever_law_drew_the_trace(world):
 
 
 def test_trice_at_its_stationary_law_climbs_log_p():
-    """Answers are decided by the trace here, so the chain's law over (z, y) is the posterior over z. The control variate's
-    beta leaves its own question out: in the enumerated batch that is a bias of order 1/groups, removed by repetition."""
+    """Answers are decided by the trace here, so the chain's law over (z, y) is the posterior over z. The
+    control variate's beta leaves its own question out: in the enumerated batch that is a bias of order
+    1/groups, removed by repetition."""
     base = EnumerableWorld.random(vocab=2, max_tokens=2, answers=2, seed=3)
     decided = torch.full((base.strings.count, 2), -60.0, dtype=torch.float64)
     decided[torch.arange(base.strings.count), torch.arange(base.strings.count) % 2] = 0.0
@@ -181,7 +183,7 @@ def test_trice_keeps_the_last_right_draw_else_the_chain_and_subtracts_the_others
     assert c.c_z.tolist() == [[0.0, 1.0], [1.0, -0.5], [0.0, 0.0]]
 
 
-# ---- one reference answer: likelihood bounds ------------------------------------------------------------------------
+# ---- one reference answer: likelihood bounds ---------------------------------------------------------------
 
 
 def test_sft_climbs_the_likelihood_of_given_traces_and_answer(world):
@@ -264,7 +266,7 @@ def test_verifree_climbs_the_probability_of_the_reference_answer(world, traces):
     assert update.distance(world.gradient(world.log_marginal(GOLD).exp())) < TIGHT
 
 
-# ---- shaped rewards -------------------------------------------------------------------------------------------------
+# ---- shaped rewards ----------------------------------------------------------------------------------------
 
 
 def test_rlpr_is_reinforce_on_its_standardised_reward(world):
@@ -323,7 +325,7 @@ def test_nover_climbs_the_expected_rank(world, traces):
     assert update.distance(world.gradient((prior.exp() * score).sum())) < TIGHT
 
 
-# ---- variational reasoning ------------------------------------------------------------------------------------------
+# ---- variational reasoning ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("traces", [1, 3])

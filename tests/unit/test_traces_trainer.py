@@ -13,6 +13,7 @@ from vlm_reason.tasks.templates import Shot, Template
 from vlm_reason.traces import PRESETS, TraceConfig, TraceTrainer, build
 from vlm_reason.types import Problem
 
+SMALL = AdapterConfig(r=2)
 TEMPLATE = Template(
     name="tiny",
     prior="{question}=",
@@ -177,7 +178,7 @@ def test_a_windows_loss_is_minus_the_coefficients_times_the_log_probabilities(
 
 
 def test_bad_data_and_recipes_are_refused_before_anything_starts(tiny_llama, tiny_tokenizer, tmp_path):
-    def attempt(problems=PROBLEMS, recipe=None, adapter=AdapterConfig(r=2), **args):
+    def attempt(problems=PROBLEMS, recipe=None, adapter=SMALL, **args):
         values = {"prompts_per_window": 2, "prompts_per_step": 1, "use_cpu": True, **args}
         return TraceTrainer(
             tiny_llama, TraceConfig(output_dir=str(tmp_path), **values), recipe or build("rloo"), problems,

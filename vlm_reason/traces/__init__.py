@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The trainer brings transformers with it (seconds): loaded when asked for, so that recipes and --help are quick."""
+    """The trainer brings transformers with it (seconds), so it is loaded when asked for: --help stays quick."""
     if name == "TraceConfig":
         from .config import TraceConfig
 

@@ -1,7 +1,8 @@
 """The part of a checkpoint that transformers does not write: the window in hand, the presets' state, the chains.
 
-A checkpoint is written to a folder whose name no reader looks for and renamed when it is whole, so `latest_checkpoint`
-never meets half of one. Numbers go through JSON: a float's shortest repr reads back as the same bits.
+A checkpoint is written to a folder whose name no reader looks for and renamed when it is whole, so
+`latest_checkpoint` never meets half of one. Numbers go through JSON: a float's shortest repr reads back as
+the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..atomic import write_atomically
 from ..errors import UserError
 from .recipe import State
 from .replay import ChainMemory
@@ -71,8 +73,9 @@ def load_trace_state(
     if different:
         key = different[0]
         raise UserError(
-            f"checkpoint {folder} was made with {key} = {body['identity'].get(key)!r}, this run has {identity[key]!r}: "
-            "choose another output_dir, or resume with the settings it was started with"
+            f"checkpoint {folder} was made with {key} = {body['identity'].get(key)!r}, "
+            f"this run has {identity[key]!r}: choose another output_dir, or resume with the settings it was "
+            "started with"
         )
     states: list[State] = [dict(state) for state in body["states"]]
     for name, value in tensors.items():
@@ -117,7 +120,7 @@ def _row_from_json(row: dict[str, Any]) -> Row:
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in `output_dir`, or None. Leftovers of a killed save are removed."""
+    """The complete checkpoint of the highest step, or None. Leftovers of a killed save are removed."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return None
@@ -140,3 +143,17 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`: the resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the torn last line of a killed run
+            continue
+    write_atomically(path, "".join(line + "\n" for line in kept))

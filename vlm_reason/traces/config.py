@@ -1,4 +1,4 @@
-"""TraceConfig: what a run needs beside the recipe. Everything of `transformers.TrainingArguments` is accepted as well."""
+"""TraceConfig: what a run needs beside the recipe, and everything of `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .recipe import Recipe
 class TraceConfig(TrainingArguments):
     """Sizes, sampling and schedule of a trace run.
 
-    A *window* is what is sampled with one version of the weights: `prompts_per_window` problems, K traces each. It is
-    then trained on in steps of `prompts_per_step` problems, `window_epochs` times over. Online training is a window of
-    one step; alternating training (EM) is a large window; offline training is one round over given traces.
+    A *window* is what is sampled with one version of the weights: `prompts_per_window` problems, K traces
+    each. It is then trained on in steps of `prompts_per_step` problems, `window_epochs` times over. Online
+    training is a window of one step; alternating training (EM) is a large window; offline training is one
+    round over given traces.
 
-    Optimiser steps = rounds * sum over phases of windows * ceil(prompts_per_window / prompts_per_step) * window_epochs.
+    A window is ceil(prompts_per_window / prompts_per_step) * window_epochs optimiser steps, a round is the sum of
+    its phases' windows.
     """
 
-    output_dir: str | None = field(
-        default="runs/trace", metadata={"help": "Folder of checkpoints and metrics."}
-    )
+    output_dir: str = field(default="runs/trace", metadata={"help": "Folder of checkpoints and metrics."})
     rounds: int = field(default=1, metadata={"help": "T: how often the recipe's phases are run through."})
     prompts_per_window: int = field(
         default=64, metadata={"help": "Problems sampled with one version of the weights."}

@@ -28,7 +28,8 @@ def window_metrics(
     weight_length_corr Pearson correlation of weight and trace length, pooled
     answer_copied      share of traces drawn behind a hint that contain the reference answer
     steps_right        share of complete traces whose written equations all hold, of those that have any
-    accuracy           share of right answers behind all traces; unhinted_accuracy: behind traces of the prior alone
+    accuracy           share of right answers behind all traces
+    unhinted_accuracy  the same behind traces of the prior alone
     """
     traces = [t for group in groups for t in group.traces]
     scores = measured.scores

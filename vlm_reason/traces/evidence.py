@@ -1,7 +1,7 @@
 """Evidence: how well a trace explains the reference answer. One function a kind, on plain tensors, in log space.
 
-Each returns log e [G, K]. An incomplete trace has e = 0 (log e = -inf) whatever the kind: it never reached an answer, and
-scoring it as if it had would fabricate its end.
+Each returns log e [G, K]. An incomplete trace has e = 0 (log e = -inf) whatever the kind: it never reached an
+answer, and scoring it as if it had would fabricate its end.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def minus_no_trace(log_mean_p: Tensor, log_mean_p_empty: Tensor) -> Tensor:
 def perplexity_rank(mean_logp: Tensor, trace_tokens: Tensor) -> Tensor:
     """log of the rank score in (0, 1] of the length-discounted answer perplexity within the group; [G, K].
 
-    cost = -mean_logp / max(1, 1 + log10 |z|) (NOVER, arXiv 2505.16022); the lowest cost scores 1, the highest 1/K, ties
-    share the mean of their scores. Incomplete traces score 0.
+    cost = -mean_logp / max(1, 1 + log10 |z|) (NOVER, arXiv 2505.16022); the lowest cost scores 1, the highest
+    1/K, ties share the mean of their scores. Incomplete traces score 0.
     """
     cost = -mean_logp / (1 + trace_tokens.clamp(min=1).log10()).clamp(min=1)
     live = torch.isfinite(mean_logp)

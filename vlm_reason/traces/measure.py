@@ -1,4 +1,4 @@
-"""From sampled groups to `Scores`: only the passes that the phase asks for, each trace scored under the law it needs.
+"""From sampled groups to `Scores`: only the passes the phase asks for, each trace scored under the law it needs.
 
 Sampler log-probabilities are reused where the law is the one wanted (same weights, same prompt, same temperature):
 a trace is then not forwarded twice. Everything else is one `engine.score` call.
@@ -60,7 +60,7 @@ def measure(
     callable_evidence: EvidenceFunction | None = None,
     progress: str | None = None,
 ) -> Measured:
-    """Score `groups` for `phase`. Every tensor is fp32 on the CPU, detached; short groups are masked to the widest."""
+    """Score `groups` for `phase`. Tensors are fp32 on the CPU, detached; short groups are masked."""
     width = max(len(group.traces) for group in groups)
     score = _Scorer(engine, progress)
     mask = torch.zeros(len(groups), width, dtype=torch.bool)
@@ -105,8 +105,9 @@ def measure(
 def verify_answers(
     groups: Sequence[TraceGroup], verifier: Verifier | None, prompts: PromptBuilder
 ) -> tuple[tuple[tuple[Verdict, ...], ...], ...]:
-    """The verdict on every sampled answer, [group][trace][answer]. An answer that was cut off is wrong, whatever it
-    says so far; so is one that cannot be parsed. Empty where nothing was sampled or there is no verifier."""
+    """The verdict on every sampled answer, [group][trace][answer]. An answer that was cut off is wrong,
+    whatever it says so far; so is one that cannot be parsed. Empty where nothing was sampled or there is no
+    verifier."""
 
     def verdict(problem: Problem, answer: Completion) -> Verdict:
         assert verifier is not None
@@ -263,7 +264,7 @@ def _answers(
     verdicts: Sequence[Sequence[Sequence[Verdict]]],
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """(log pi(y_m|x,z), answer weight), both [G, K, M]. Targets: the reference answer (M = 1) or the sampled ones."""
+    """(log pi(y_m|x,z), answer weight), both [G, K, M]; y_m: the reference answer (M = 1) or the sampled ones."""
     m = phase.evidence.samples if phase.targets == "sampled" else 1
     logp = torch.full((len(groups), width, m), float("-inf"))
     weight = torch.zeros(len(groups), width, m)

@@ -16,7 +16,8 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Place:
-    """Step `step` is step `position` of `window` (numbered over the whole run), which `phase` of `round` samples."""
+    """Step `step` is step `position` of `window`, which `phase` of `round` samples; all count over the run
+    but `position` (within its window) and `phase` (within the recipe)."""
 
     step: int
     round: int

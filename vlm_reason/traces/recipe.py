@@ -1,7 +1,8 @@
 """Recipe and Phase: everything that makes one method differ from another, as data.
 
-A method is a proposal (who draws the traces), an evidence (how good a trace is), and one pure function `weigh` that
-turns the measured `Scores` of whole groups into detached `Coefficients`. The trainer does the rest. Minimised:
+A method is a proposal (who draws the traces), an evidence (how good a trace is), and one pure function
+`weigh` that turns the measured `Scores` of whole groups into detached `Coefficients`. The trainer does the
+rest. Minimised:
 
     loss = - (1/G) sum_g [ sum_k c_z log pi(z|x) + sum_k c_q log q(z|x,y') + sum_km c_y log pi(y_m|x,z) ]
 
@@ -52,8 +53,9 @@ class Proposal:
 
         log r(z) = logsumexp_c [ log share_c + log r_c(z) ]        (the balance heuristic, Veach & Guibas 1995)
 
-    `dataset`: traces come with the problems (`Problem.metadata["rationale"]` or `["traces"]`), r = 1; `empty`: the one
-    trace is the empty one. `chain`: the problem's stored chain joins the K. `greedy`: temperature 0 (STaR).
+    `dataset`: traces come with the problems (`Problem.metadata["rationale"]` or `["traces"]`), r = 1;
+    `empty`: the one trace is the empty one. `chain`: the problem's stored chain joins the K. `greedy`:
+    temperature 0 (STaR).
     """
 
     components: tuple[Component, ...] = (Component(),)
@@ -111,8 +113,9 @@ class Evidence:
 
 
 NullGroup = Literal["skip", "renormalise", "dataset", "hint_retry"]
-"""What to do with a group without signal. skip: it counts in the 1/G and adds nothing. renormalise: it leaves the 1/G.
-dataset: its problem's own rationale is trained on instead. hint_retry: its traces are drawn again behind the hint."""
+"""What to do with a group without signal. skip: it counts in the 1/G and adds nothing. renormalise: it leaves
+the 1/G. dataset: its problem's own rationale is trained on instead. hint_retry: its traces are drawn again
+behind the hint."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ CHAIN = "chain"
 
 
 class ChainMemory:
-    """problem id -> the trace its chain is at. Checkpointed with the run; ids and text are kept as they were drawn."""
+    """problem id -> the trace its chain is at, ids and text as they were drawn. Checkpointed with the run."""
 
     def __init__(self) -> None:
         self._chains: dict[str, Trace] = {}

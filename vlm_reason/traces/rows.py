@@ -1,8 +1,9 @@
 """From coefficients to training rows: one forward a row, a coefficient a token.
 
-A row is (context, target, coefficient of each target token). The trace and the first answer behind it share a row, since
-log pi(z|x) + log pi(y|x,z) is one forward over [x | z | cue | y] with the cue's coefficient 0; further answers
-get a row each. The loss is linear in the log-probabilities, so rows may be split over micro-batches in any way.
+A row is (context, target, coefficient of each target token). The trace and the first answer behind it share a
+row, since log pi(z|x) + log pi(y|x,z) is one forward over [x | z | cue | y] with the cue's coefficient 0;
+further answers get a row each. The loss is linear in the log-probabilities, so rows may be split over
+micro-batches in any way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..tasks.prompts import PromptBuilder
 from ..types import Coefficients, TraceGroup
 from .recipe import Phase
@@ -20,9 +22,9 @@ from .recipe import Phase
 
 @dataclass(frozen=True)
 class Row:
-    """`weight[t]` multiplies log p(target[t] | context, target[:t]) of `adapter`; tokens of weight 0 are context.
-    `old` and `ref` hold the target's log-probabilities when the window was made, under the trained weights and under
-    the reference; present only when the phase clips or has a KL term."""
+    """`weight[t]` multiplies log p(target[t] | context, target[:t]) of `adapter`; tokens of weight 0 are
+    context. `old` and `ref` hold the target's log-probabilities when the window was made, under the trained
+    weights and under the reference; present only when the phase clips or has a KL term."""
 
     adapter: str
     context: tuple[int, ...]
@@ -41,7 +43,7 @@ class Row:
 
 
 def _per_token(coefficient: Tensor | None, g: int, k: int, length: int) -> list[float]:
-    """The coefficient of each of `length` tokens: one number spread over them, or the first `length` of [G, K, T]."""
+    """The coefficient of each of `length` tokens: one number for all, or the first `length` of [G, K, T]."""
     if coefficient is None:
         return [0.0] * length
     value = coefficient[g, k]
@@ -96,9 +98,15 @@ def _joined(
 
 
 def dataset_rows(group: TraceGroup, phase: Phase, prompts: PromptBuilder) -> list[Row]:
-    """The null-group fallback `dataset`: the problem's own rationale and answer, weight 1."""
+    """The null-group fallback `dataset`: the problem's own rationale and answer, weight 1. UserError without one."""
     problem = group.problem
-    z = prompts.trace_ids(str(problem.metadata["rationale"]))
+    rationale = problem.metadata.get("rationale")
+    if rationale is None:
+        raise UserError(
+            f"problem {problem.id!r} has no rationale to fall back on: add a 'rationale' field to the data, or "
+            "choose another null_group"
+        )
+    z = prompts.trace_ids(str(rationale))
     rows: list[Row] = []
     if "reasoner" in phase.trains:
         prior, y = prompts.prior_ids(problem), prompts.answer_ids(problem.answer)
@@ -120,12 +128,12 @@ def _padded(rows: Sequence[tuple[float, ...] | None], like: Tensor) -> Tensor:
 
 
 def rows_objective(rows: Sequence[Row], logps: Tensor, phase: Phase) -> Tensor:
-    """What the rows add to the maximised objective: a scalar, linear in `logps` unless the phase clips or has a KL.
+    """What the rows add to the maximised objective: a scalar, linear in `logps` without clip and KL.
 
-        sum_rows sum_t  w_t log p_t                                            (plain)
-        sum_rows sum_t  min(w_t rho_t, w_t clip(rho_t, 1 - c, 1 + c))          (clip; rho = exp(log p - old), gradient
-                                                                                equal to the plain one at rho = 1)
-        - kl * sum_rows sum_t [ exp(ref - log p) - (ref - log p) - 1 ]         (kl, tokens with w_t != 0)
+        sum_rows sum_t  w_t log p_t                                          (plain)
+        sum_rows sum_t  min(w_t rho_t, w_t clip(rho_t, 1 - c, 1 + c))        (clip; rho = exp(log p - old): the
+                                                                              plain gradient at rho = 1)
+        - kl * sum_rows sum_t [ exp(ref - log p) - (ref - log p) - 1 ]       (kl, tokens with w_t != 0)
 
     logps [N, T] is right-padded; padding is selected away, never multiplied by 0, since it may hold anything.
     """

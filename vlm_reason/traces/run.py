@@ -1,4 +1,4 @@
-"""One training run from a RunConfig: build everything, resume if there is something to resume, train, save, summarise.
+"""One training run from a RunConfig: build everything, resume what can be resumed, train, save, summarise.
 
 output_dir/config.yaml          what was run, resolved
 output_dir/metrics.jsonl        a row per optimiser step
@@ -21,6 +21,7 @@ from ..atomic import write_atomically
 from ..config import RunConfig, from_dict, save_resolved, to_dict
 from ..errors import UserError
 from ..models.adapters import AdapterConfig, save_adapters
+from ..scoring.logprobs import unwrap
 from ..tasks.sources import TaskSpec, load_problems
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
@@ -62,7 +63,7 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
 
 
 def make_trainer(config: RunConfig, show_progress: bool = True) -> TraceTrainer:
-    """The trainer that `config` describes, not yet started. Everything that can be wrong with a config is found here."""
+    """The trainer that `config` describes, not yet started: whatever is wrong with a config is found here."""
     recipe = build(config.preset, config.options)
     args = trace_config(config)
     spec = from_dict(TaskSpec, config.task, "task")
@@ -131,8 +132,8 @@ def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
     if different:
         key = different[0]
         raise UserError(
-            f"{output_dir} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: choose another "
-            "output_dir, or delete that folder to start over"
+            f"{output_dir} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: "
+            "choose another output_dir, or delete that folder to start over"
         )
 
 
@@ -143,9 +144,9 @@ def _save_result(trainer: TraceTrainer, output_dir: Path) -> None:
     if staging.exists():
         shutil.rmtree(staging)
     if trainer.adapter is not None:
-        save_adapters(trainer.model, staging)
+        save_adapters(trainer.adapted, staging)
     else:
-        trainer.model.save_pretrained(staging)
+        unwrap(trainer.model).save_pretrained(staging)
         trainer.tokenizer.save_pretrained(staging)
     final = output_dir / name
     if final.exists():

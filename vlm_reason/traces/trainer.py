@@ -3,14 +3,14 @@
 Features
 - A step trains on whole groups (one problem, K traces). It is split into micro-batches of a token budget after all
   coefficients are fixed, so 1 x 8 accumulation equals 8 x 1.
-- Reasoner and posterior are two LoRA adapters on one frozen base, which is the reference. Parameters of the adapter that
-  a phase does not train get no gradient, so the optimiser leaves them and their moments alone.
-- Samples are functions of (seed, policy version, problem, visit, k, m). With the window in the checkpoint, a run killed
-  anywhere continues bit for bit (fp32 on CPU).
+- Reasoner and posterior are two LoRA adapters on one frozen base, which is the reference. Parameters of the
+  adapter that a phase does not train get no gradient, so the optimiser leaves them and their moments alone.
+- Samples are functions of (seed, policy version, problem, visit, k, m). With the window in the checkpoint, a run
+  killed anywhere continues bit for bit (fp32 on CPU).
 - One row of metrics.jsonl per optimiser step; what `report_to` names gets the same row.
 
-It is not built on TRL's GRPOTrainer: that scatters the traces of a prompt over micro-batches and masks whole traces by
-default, either of which silently changes a multi-trace bound.
+It is not built on TRL's GRPOTrainer: that scatters the traces of a prompt over micro-batches and masks whole
+traces by default, either of which silently changes a multi-trace bound.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -48,17 +49,19 @@ from ..tasks.prompts import PromptBuilder
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
-from .checkpoint import load_trace_state, publish, save_trace_state
+from .checkpoint import load_trace_state, publish, save_trace_state, truncate_metrics
+from .checks import check_run
 from .config import TraceConfig
 from .measure import EvidenceFunction
-from .order import place_of, step_members, window_problems
+from .order import Place, place_of, step_members, window_problems
 from .progress import StepProgress
 from .recipe import Recipe, State
 from .replay import ChainMemory
 from .rows import Row, rows_objective
-from .window import Window, WindowMaker, deal
+from .window import Window, WindowMaker
 
 OptimizerFactory = Callable[[list[nn.Parameter], TraceConfig], torch.optim.Optimizer]
+DEFAULT_ADAPTER = AdapterConfig()
 
 
 class _Steps(Dataset):
@@ -78,8 +81,8 @@ class TraceTrainer(Trainer):
     """Train a reasoning model whose chain of thought is latent, by the method that `recipe` describes.
 
     Args:
-        model: a model, or its name (hub id, folder, or the built-in `smollm2-135m`). A plain model gets two adapters;
-            `adapter=None` trains its own weights instead (then there is no posterior and no reference).
+        model: a model, or its name (hub id, folder, or the built-in `smollm2-135m`). A plain model gets two
+            adapters; `adapter=None` trains its own weights instead (then there is no posterior and no reference).
         args: sizes, sampling, schedule.
         recipe: what is optimised; `PRESETS[name]`, or your own.
         train_dataset: problems with reference answers.
@@ -93,6 +96,9 @@ class TraceTrainer(Trainer):
     recipe that needs a posterior or reference where there is none.
     """
 
+    args: TraceConfig
+    model: nn.Module
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -103,7 +109,7 @@ class TraceTrainer(Trainer):
         template: Template | str = "steps",
         verifier: Verifier | str = "number",
         tokenizer: PreTrainedTokenizerBase | None = None,
-        adapter: AdapterConfig | None = AdapterConfig(),
+        adapter: AdapterConfig | None = DEFAULT_ADAPTER,
         dtype: str = "auto",
         evidence: EvidenceFunction | None = None,
         optimizer_factory: OptimizerFactory | None = None,
@@ -112,24 +118,23 @@ class TraceTrainer(Trainer):
         show_progress: bool = True,
     ) -> None:
         if isinstance(model, str):
-            model, tokenizer = load_model(model, dtype=dtype)
+            model, tokenizer = load_model(model, dtype=dtype)  # type: ignore[arg-type]  # it checks the name
         if tokenizer is None:
             raise UserError(
                 "TraceTrainer needs the tokenizer of a model that is given as an object: tokenizer=..."
             )
         self.recipe, self.problems = recipe, list(train_dataset)
         self.traces = args.traces_per_prompt or recipe.traces
-        _check(recipe, self.problems, args, self.traces, adapter is not None)
+        check_run(recipe, self.problems, args, self.traces, adapter is not None)
         self.adapter = adapter
-        if adapter is not None:
-            model = add_adapters(model, adapter)
-        else:
-            trainable(model, ["reasoner"])
+        trained: nn.Module = model if adapter is None else add_adapters(model, adapter)
+        if adapter is None:
+            trainable(trained, ["reasoner"])
         self.adapters = ("reasoner", "posterior") if adapter is not None else ("reasoner",)
         self._optimizer_factory = optimizer_factory
         args.max_steps = args.total_steps(recipe)
         super().__init__(
-            model=model, args=args, train_dataset=_Steps(args.max_steps), data_collator=lambda rows: rows[0]
+            model=trained, args=args, train_dataset=_Steps(args.max_steps), data_collator=lambda rows: rows[0]
         )
         # transformers' own bar prints to stdout, which belongs to --json
         self.remove_callback(PrinterCallback)
@@ -148,30 +153,40 @@ class TraceTrainer(Trainer):
         self.states: list[State] = [{} for _ in recipe.phases]
         self.memory = ChainMemory()
         self.window: Window | None = None
+        self._saving_to: Path | None = None
+        self._loss_before = 0.0  # what the running loss held when the step began
         self._row: dict[str, Any] = {}
         self._step_started = time.perf_counter()
 
-    # ---- one optimiser step -----------------------------------------------------------------------------------------
+    @property
+    def adapted(self) -> PeftModel:
+        """The model with its adapters. Full weights have none: check `adapter` first."""
+        assert isinstance(self.model, PeftModel)
+        return self.model
+
+    # ---- one optimiser step --------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Backward of one step's loss, micro-batch by micro-batch; returns the loss."""
         self._step_started = time.perf_counter()
         place = place_of(self.state.global_step, self.args, self.recipe)
-        made = self.window is None or self.window.index != place.window
-        if made:
-            self._enter_round(place.round, place.position, place.phase, place.window)
-            self.window = self._make_window(place.window, place.phase, place.round)
+        window = self.window
+        made = False
+        if window is None or window.index != place.window:
+            self._enter_round(place)
+            self.window = window = self._make_window(place)
+            made = True
         phase = self.recipe.phases[place.phase]
         members = step_members(
             place.position,
-            len(self.window.rows),
+            len(window.rows),
             self.args.steps_per_window(),
             self.args.window_epochs,
             place.window,
             self.args.seed,
         )
-        rows = [row for g in members for row in self.window.rows[g]]
-        groups = max(1, sum(self.window.counts[g] for g in members))
+        rows = [row for g in members for row in window.rows[g]]
+        groups = max(1, sum(window.counts[g] for g in members))
         started = time.perf_counter()
         trainable(self.model, phase.trains)
         model.train()
@@ -184,38 +199,46 @@ class TraceTrainer(Trainer):
                 self.accelerator.backward(part)
             loss += part.detach()
             forwarded += len(batch) * max(row.tokens for row in batch)
-        self._row = self._metrics(place, made, rows, len(members), forwarded, time.perf_counter() - started)
+        self._row = self._metrics(
+            place, window, made, rows, len(members), forwarded, time.perf_counter() - started
+        )
         return loss
 
-    def _make_window(self, index: int, phase_index: int, round_: int) -> Window:
-        phase = self.recipe.phases[phase_index]
-        chosen = window_problems(index, self.args.prompts_per_window, len(self.problems), self.args.seed)
-        warm = round_ < self.args.proposal_shot_rounds
+    def _make_window(self, place: Place) -> Window:
+        phase = self.recipe.phases[place.phase]
+        chosen = window_problems(
+            place.window, self.args.prompts_per_window, len(self.problems), self.args.seed
+        )
+        warm = place.round < self.args.proposal_shot_rounds
         self.model.eval()
-        window, self.states[phase_index] = self.maker.make(
-            index,
-            phase_index,
+        window, self.states[place.phase] = self.maker.make(
+            place.window,
+            place.phase,
             phase,
             [self.problems[i] for i, _ in chosen],
             [visit for _, visit in chosen],
             self.traces,
             self.state.global_step,
-            self.states[phase_index],
+            self.states[place.phase],
             self.memory,
             self.warmup_prompts if warm else self.training_prompts,
             self.training_prompts,
         )
         if window.completions:
             text = "".join(json.dumps(row) + "\n" for row in window.completions)
-            write_atomically(Path(self.args.output_dir) / "completions" / f"window_{index:05d}.jsonl", text)
+            write_atomically(
+                Path(self.args.output_dir) / "completions" / f"window_{place.window:05d}.jsonl", text
+            )
         return window
 
-    def _enter_round(self, round_: int, position: int, phase: int, window: int) -> None:
-        """`reset: base`: the reasoner starts every round after the first from its initial adapter, optimiser included."""
-        first = window % sum(p.windows for p in self.recipe.phases) == 0
-        if self.recipe.reset == "base" and round_ > 0 and first and position == 0:
-            assert self.adapter is not None  # checked at construction
-            reset_adapter(self.model, "reasoner", self.adapter.seed)
+    def _enter_round(self, place: Place) -> None:
+        """`reset: base`: the reasoner starts every round but the first from its initial adapter, moments too."""
+        first = place.window % sum(p.windows for p in self.recipe.phases) == 0
+        if self.recipe.reset == "base" and place.round > 0 and first and place.position == 0:
+            assert (
+                self.adapter is not None and self.optimizer is not None
+            )  # the one is checked at construction
+            reset_adapter(self.adapted, "reasoner", self.adapter.seed)
             for parameter in self._adapter_parameters("reasoner"):
                 self.optimizer.state.pop(parameter, None)
 
@@ -223,10 +246,15 @@ class TraceTrainer(Trainer):
         return list(adapter_parameters(self.model, name).values())
 
     def _metrics(
-        self, place, made: bool, rows: Sequence[Row], groups: int, forwarded: int, seconds: float
+        self,
+        place: Place,
+        window: Window,
+        made: bool,
+        rows: Sequence[Row],
+        groups: int,
+        forwarded: int,
+        seconds: float,
     ) -> dict[str, Any]:
-        window = self.window
-        assert window is not None
         values = dict(window.metrics)
         if not made:  # what the window cost is told once
             for key in (
@@ -252,7 +280,7 @@ class TraceTrainer(Trainer):
             "useful_tokens": useful / forwarded if forwarded else None,
         }
 
-    # ---- optimiser --------------------------------------------------------------------------------------------------
+    # ---- optimiser -----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Over the parameters of every adapter: phases then choose by giving gradients to some of them only."""
@@ -263,15 +291,15 @@ class TraceTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
-    # ---- logs -------------------------------------------------------------------------------------------------------
+    # ---- logs ----------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
                                  learning_rate=None) -> None:  # fmt: skip
-        """After each optimiser step (transformers calls it once more at the end of the epoch): write the step's row."""
+        """After each optimiser step (transformers calls it once more at the end of the epoch): write its row."""
         if self._row:
             self._row = {
                 "step": self.state.global_step,
-                "loss": float(tr_loss) - getattr(self, "_loss_before", 0.0),
+                "loss": float(tr_loss) - self._loss_before,
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - self._step_started,
@@ -297,12 +325,14 @@ class TraceTrainer(Trainer):
         with open(path, "a") as stream:
             stream.write(json.dumps(row) + "\n")
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to continue this run."""
-        sizes = ("rounds", "prompts_per_window", "prompts_per_step", "window_epochs", "temperature", "top_p", "seed",
-                 "max_trace_tokens", "max_answer_tokens", "shots", "proposal_shots", "proposal_shot_rounds")  # fmt: skip
+        sizes = (
+            "rounds", "prompts_per_window", "prompts_per_step", "window_epochs", "temperature", "top_p", "seed",
+            "max_trace_tokens", "max_answer_tokens", "shots", "proposal_shots", "proposal_shot_rounds",
+        )  # fmt: skip
         return {
             "recipe": self.recipe.name,
             "traces_per_prompt": self.traces,
@@ -312,7 +342,7 @@ class TraceTrainer(Trainer):
         }
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return str(getattr(self, "_saving_to", None) or super()._get_output_dir(trial))
+        return str(self._saving_to or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """As transformers does it, into a folder that gets its name when it is whole."""
@@ -338,16 +368,16 @@ class TraceTrainer(Trainer):
         if self.adapter is None:
             super()._save(output_dir, state_dict)
             return
-        save_adapters(self.model, output_dir or self.args.output_dir)
+        save_adapters(self.adapted, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_adapters(self.model, resume_from_checkpoint)
+            load_adapters(self.adapted, resume_from_checkpoint)
         self.window, self.states, self.memory = load_trace_state(resume_from_checkpoint, self.identity())
         step = int(Path(resume_from_checkpoint).name.rsplit("-", 1)[1])
-        _truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", step)
+        truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", step)
 
 
 def _batches(rows: Sequence[Row], token_budget: int) -> list[tuple[str, list[Row]]]:
@@ -358,52 +388,3 @@ def _batches(rows: Sequence[Row], token_budget: int) -> list[tuple[str, list[Row
         for batch in microbatches([row.tokens for row in mine], token_budget):
             out.append((adapter, [mine[i] for i in batch]))
     return out
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the rows after `step`: the resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the torn last line of a killed run
-            continue
-    write_atomically(path, "".join(line + "\n" for line in kept))
-
-
-def _check(
-    recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool
-) -> None:
-    if not problems:
-        raise UserError("train_dataset is empty: give at least one problem")
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise UserError(f"problem id {problem.id!r} occurs twice in train_dataset; ids must be unique")
-        seen.add(problem.id)
-    if args.prompts_per_window > len(problems):
-        raise UserError(
-            f"trainer.prompts_per_window is {args.prompts_per_window}, but there are only {len(problems)} problems: "
-            "a window would hold one twice; lower it or raise task.size"
-        )
-    for phase in recipe.phases:
-        if phase.proposal.components:
-            deal(phase.proposal.components, traces)
-        if phase.null_group == "dataset" and any("rationale" not in p.metadata for p in problems):
-            raise UserError(
-                f"phase {phase.name!r}: null_group 'dataset' needs a rationale with every problem"
-            )
-        needs = {c.adapter for c in phase.proposal.components} | set(phase.trains)
-        needs |= {"base"} if phase.kl or "logp_ref" in phase.needs else set()
-        if not adapters and (missing := sorted(needs - {"reasoner"})):
-            raise UserError(
-                f"recipe {recipe.name!r} needs {missing[0]!r} beside the reasoner, which full weights do not have: "
-                "train with adapters"
-            )
-    if not adapters and recipe.reset == "base":
-        raise UserError(
-            f"recipe {recipe.name!r} resets to the base, which full weights no longer have: use adapters"
-        )

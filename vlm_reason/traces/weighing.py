@@ -24,8 +24,8 @@ def drawn(scores: Scores) -> Tensor:
 
 
 def per_answer(c_z: Tensor, scores: Scores) -> Tensor:
-    """c_y [G, K, M]: a trace's coefficient shared equally by its right answers (all of it if there is one). With the
-    accuracy evidence this is grad log pi(Y_x|x,z) estimated from the right answers already drawn:
+    """c_y [G, K, M]: a trace's coefficient shared equally by its right answers (all of it if there is one).
+    With the accuracy evidence this is grad log pi(Y_x|x,z) estimated from the right answers already drawn:
 
         E[1[y right] grad log pi(y|x,z)] / E[1[y right]]
     """

@@ -2,8 +2,8 @@
 
     sample K traces a problem -> measure (Scores) -> weigh (Coefficients) -> null-group policy -> rows
 
-Everything is computed once, from whole groups, with detached numbers: splitting a window into steps and micro-batches
-afterwards cannot change the loss.
+Everything is computed once, from whole groups, with detached numbers: splitting a window into steps and
+micro-batches afterwards cannot change the loss.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .rows import Row, dataset_rows, group_rows
 
 @dataclass(frozen=True)
 class Window:
-    """`rows[g]` are group g's training rows; `counts[g]` says whether it is in the 1/G of its step (1) or not (0)."""
+    """`rows[g]` are group g's training rows; `counts[g]` is 1 if it is in the 1/G of its step, else 0."""
 
     index: int
     phase: int
@@ -44,7 +44,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowMaker:
-    """What stays the same from window to window. `sampling` prompts draw and score, `training` prompts are trained."""
+    """What stays the same from window to window."""
 
     engine: Engine
     config: TraceConfig
@@ -67,7 +67,8 @@ class WindowMaker:
         sampling: PromptBuilder,
         training: PromptBuilder,
     ) -> tuple[Window, State]:
-        """One window and the preset's next state; `memory` takes the chains that `weigh` keeps."""
+        """One window and the preset's next state; `memory` takes the chains that `weigh` keeps. `sampling`
+        prompts draw and score the traces, `training` prompts are trained."""
         started = time.perf_counter()
         label = f"{phase.name}" if self.show_progress else None
         groups = self._draw(phase, problems, visits, traces, policy_version, memory, sampling, label)

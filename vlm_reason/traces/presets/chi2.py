@@ -3,8 +3,8 @@
     c_q = w^2 / sum w^2        descends chi^2(posterior || q), i.e. the upper bound CUBO_2 of log pi(y*|x)
     c_z = c_y = w / sum w      the K-trace bound, as in `rws`
 
-Its proposals cover the posterior's tails, which is what importance weights need; the squared weights have a smaller effective
-sample size, so it wants larger K. Dieng et al. 2017 (arXiv 1611.00328).
+Its proposals cover the posterior's tails, which is what importance weights need; the squared weights have a
+smaller effective sample size, so it wants larger K. Dieng et al. 2017 (arXiv 1611.00328).
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     c_k = (1/K) ( e_k - mean e ) / ( std e + eps )        std with K - 1, eps 1e-4, as in TRL
 
-For right/wrong rewards and K -> infinity its update is sqrt(P / (1 - P)) grad log P: easy questions dominate more than
-under `maxrl`, less than under `rloo`. `kl` adds a penalty to the frozen base, `clip` the PPO ratio clip for windows that
-are reused. Shao et al. 2024 (arXiv 2402.03300); the identity is section 4 of arXiv 2509.22637.
+For right/wrong rewards and K -> infinity its update is sqrt(P / (1 - P)) grad log P: easy questions dominate
+more than under `maxrl`, less than under `rloo`. `kl` adds a penalty to the frozen base, `clip` the PPO ratio
+clip for windows that are reused. Shao et al. 2024 (arXiv 2402.03300); the identity is section 4 of arXiv
+2509.22637.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """JEPO: Jensen bounds of log pi(y*|x) with the model as its own proposal; no verifier.
 
-    one trace   E log pi(y*|x,z)                  c_z = (1/K)( R_k - mean_{j != k} R_j ),  c_y = 1/K,  R = log pi(y*|x,z)
+    R = log pi(y*|x,z)
+    one trace   E log pi(y*|x,z)                  c_z = (1/K)( R_k - mean_{j != k} R_j ),  c_y = 1/K
     K traces    E log (1/K) sum_k pi(y*|x,z_k)    c_z = log mean_K - log mean_{-k},        c_y = softmax(R)
 
 The K-trace bound is tighter; the baseline leaves its gradient unchanged. A KL to the base (`kl`) is common.

@@ -3,8 +3,9 @@
     R_k = log pi(y*|x,z_k) - beta log [ pi(z_k|x) / pi_ref(z_k|x) ]
     c_z = (1/K) ( R_k - mean_{j != k} R_j ),   c_y = answer_weight / K
 
-Maximises E_pi[log pi(y*|x,z)] - beta KL(pi(z|x) || pi_ref(z|x)), at beta = 1 a bound of log E_ref[pi(y*|x,z)].
-An incomplete trace has no finite reward: it gets coefficient 0 and enters nobody's baseline. Chen et al. 2024 (arXiv 2411.04282).
+Maximises E_pi[log pi(y*|x,z)] - beta KL(pi(z|x) || pi_ref(z|x)), at beta = 1 a bound of log
+E_ref[pi(y*|x,z)]. An incomplete trace has no finite reward: it gets coefficient 0 and enters nobody's
+baseline. Chen et al. 2024 (arXiv 2411.04282).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """NOVER: rank the group's traces by the perplexity of the reference answer behind them; the rank is the reward.
 
-    cost_k = -mean_t log pi(y*_t|x,z_k) / max(1, 1 + log10 |z_k|),   R = rank score in (0, 1],   c = (1/K)( R_k - mean R )
+    cost_k = -mean_t log pi(y*_t|x,z_k) / max(1, 1 + log10 |z_k|)
+    R = rank score in (0, 1],   c = (1/K)( R_k - mean R )
 
-Ranks are immune to the scale of the perplexity and blind to its size: every group pushes as hard, also one whose traces are all
-bad. Liu et al. 2025 (arXiv 2505.16022); the reward's format and brevity terms are left to the verifier.
+Ranks are immune to the scale of the perplexity and blind to its size: every group pushes as hard, also one
+whose traces are all bad. Liu et al. 2025 (arXiv 2505.16022); the reward's format and brevity terms are left
+to the verifier.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     c_z = c_y = (1/K) 1[answer right]
 
-From a frozen sampler its expected update is P_ref * grad of -KL(pi_ref(z|x,Y) || pi): hard questions count little. With
-`proposal="prior"` every window samples from the current model (ReST-EM, RAFT). Yuan et al. 2023 (arXiv 2308.01825); the
-identity is section 4 of arXiv 2509.22637.
+From a frozen sampler its expected update is P_ref * grad of -KL(pi_ref(z|x,Y) || pi): hard questions count
+little. With `proposal="prior"` every window samples from the current model (ReST-EM, RAFT). Yuan et al. 2023
+(arXiv 2308.01825); the identity is section 4 of arXiv 2509.22637.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     R_k = max(0, mean_t pi(y*_t|x,z_k) - mean_t pi(y*_t|x)),   c = (1/K) ( R_k - mean R ) / ( std R + eps )
 
-on the trace and on the answer that was sampled behind it. Questions whose reward spread is small against its moving average
-are left out (the spread filter). Shaped reinforcement learning: not a bound, and sensitive to answer length.
-Yu et al. 2025 (arXiv 2506.18254).
+on the trace and on the answer that was sampled behind it. Questions whose reward spread is small against its
+moving average are left out (the spread filter). Shaped reinforcement learning: not a bound, and sensitive to
+answer length. Yu et al. 2025 (arXiv 2506.18254).
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Reweighted wake-sleep: both models follow the same importance weights of traces from the posterior.
 
     w_k = pi(z_k|x) pi(y*|x,z_k) / q(z_k|x,y*),   rho = w / sum w
-    c_z = c_y = rho  (wake theta: gradient of the K-trace bound)     c_q = rho  (wake phi: forward KL to the posterior)
+    c_z = c_y = rho     wake theta: gradient of the K-trace bound
+    c_q = rho           wake phi: forward KL to the posterior
 
-The forward KL does not lose signal as K grows, which the bound's own phi-gradient (`iwae`) does. One reference answer must
-be scorable: for answers with many right strings prefer `vr`. Bornschein & Bengio 2015 (arXiv 1406.2751); Le et al. 2019.
+The forward KL does not lose signal as K grows, which the bound's own phi-gradient (`iwae`) does. One
+reference answer must be scorable: for answers with many right strings prefer `vr`. Bornschein & Bengio 2015
+(arXiv 1406.2751); Le et al. 2019.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     maximise  log pi(z_teacher | x) + log pi(y* | x, z_teacher)
 
-No latent variable is inferred: the baseline that every other preset has to beat. `trace=False` trains the answer alone behind
-an empty trace (the no-trace control). Do not use it to learn from a model's own samples: that is `rft`.
+No latent variable is inferred: the baseline that every other preset has to beat. `trace=False` trains the
+answer alone behind an empty trace (the no-trace control). Do not use it to learn from a model's own samples:
+that is `rft`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""STaR: keep the greedy trace if its answer is right; if not, try once more behind the hint, and keep that if right.
+"""STaR: keep the greedy trace if its answer is right; if not, try once more behind the hint, keep that if right.
 
     c_z = c_y = 1[answer right]            restart from the base model every round
 
-The hinted traces are kept without correction, so what is optimised is only loosely a bound: hints that leak into the
-trace are learnt (see `vr` for the corrected weights). Zelikman et al. 2022 (arXiv 2203.14465).
+The hinted traces are kept without correction, so what is optimised is only loosely a bound: hints that leak
+into the trace are learnt (see `vr` for the corrected weights). Zelikman et al. 2022 (arXiv 2203.14465).
 """
 
 from __future__ import annotations

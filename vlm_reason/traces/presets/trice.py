@@ -1,13 +1,14 @@
 """TRICE: a Markov chain over right traces for every question, with a control variate.
 
-Each visit draws z' from the model. If its answer is right it becomes the question's chain (independence Metropolis-Hastings for
-a 0/1 likelihood), else the chain z stays where it is:
+Each visit draws z' from the model. If its answer is right it becomes the question's chain (independence
+Metropolis-Hastings for a 0/1 likelihood), else the chain z stays where it is:
 
     g = grad log pi(z_new, y_new | x)  -  beta grad log pi(z', y' | x)
 
-The second term has mean 0 (z' is a fresh draw), so beta is free: it is the acceptance rate among the *other* questions of
-the window, which keeps the estimate unbiased and removes most of the variance once many draws are right. Questions never yet
-answered carry no signal. Stationary expectation: grad log P(Y_x|x). Phan et al. 2023 (arXiv 2312.02179).
+The second term has mean 0 (z' is a fresh draw), so beta is free: it is the acceptance rate among the *other*
+questions of the window, which keeps the estimate unbiased and removes most of the variance once many draws
+are right. Questions never yet answered carry no signal. Stationary expectation: grad log P(Y_x|x). Phan et
+al. 2023 (arXiv 2312.02179).
 """
 
 from __future__ import annotations

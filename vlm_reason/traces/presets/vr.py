@@ -1,6 +1,6 @@
 """Variational Reasoning: traces from a posterior that sees the answer, weighted back to the model that does not.
 
-    phase 1 (posterior)  z_1..K ~ pi,  c_q = e / sum e               forward KL(P(z|x,Y) || q): wake phase on the prior
+    phase 1 (posterior)  z_1..K ~ pi,  c_q = e / sum e          forward KL(P(z|x,Y) || q): wake phase on the prior
     phase 2 (reasoner)   z_1..K ~ r,   log w = log e + s(log pi(z|x) - log r(z)),   c_z = normalise(w),
                          c_y = c_z shared by the trace's right answers
 
@@ -8,11 +8,12 @@
 
 Options
     proposal   posterior  the adapter trained in phase 1            hinted  the reasoner itself, told the answer
-               mixture    prior and posterior (or hinted) side by side, weighted by the mixture density: a weight is then
-                          at most e / prior_share, so the full ratio keeps a useful effective sample size
-    ratio      per_token (the paper: length-normalised, close to no ratio) | none (exact) | ess_floor | clip | sqrt | zero
-    min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains the
-               answer without the hint
+               mixture    prior and posterior (or hinted) side by side, weighted by the mixture density: a weight
+                          is then at most e / prior_share, so the full ratio keeps a useful effective sample size
+    ratio      per_token (the paper: length-normalised, close to no ratio) | none (exact) | ess_floor | clip
+               | sqrt | zero
+    min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains
+               the answer without the hint
     wake       prior  phase 1 as above      same  q learns from phase 2's own weights      none  q is never trained
 
 With `ratio="none"` the coefficients are the gradient of the K-trace bound; any other ratio makes it biased
@@ -31,7 +32,7 @@ from ...objectives import Ratio, ratio_named, self_normalised
 from ...objectives.groups import log_mean_exp
 from ...objectives.ratios import Clip, EssFloor
 from ...types import Coefficients, Scores
-from ..recipe import PRIOR, Component, Evidence, EvidenceKind, Phase, Proposal, Recipe, State
+from ..recipe import PRIOR, Adapter, Component, Evidence, EvidenceKind, Phase, Proposal, Recipe, State
 from ..weighing import log_ratio, no_signal, per_answer
 
 
@@ -69,13 +70,14 @@ def recipe(
     wake: Literal["prior", "same", "none"] = "prior",
     null_group: Literal["skip", "renormalise"] = "skip",
 ) -> Recipe:
-    """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for the clip)."""
-    adapter = (
+    """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for
+    the clip)."""
+    adapter: Adapter = (
         "reasoner" if "hinted" in (proposal, partner if proposal == "mixture" else proposal) else "posterior"
     )
     guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
     parts = (Component("reasoner", "prior", share=prior_share), guide) if proposal == "mixture" else (guide,)
-    settings = {"ess_floor": EssFloor(ess_floor), "clip": Clip(clip_low, clip_high)}
+    settings: dict[str, Ratio] = {"ess_floor": EssFloor(ess_floor), "clip": Clip(clip_low, clip_high)}
     shared = Evidence(evidence, samples=samples if evidence in ("accuracy", "verifier") else 1)
     targets: Literal["gold", "sampled"] = "sampled" if shared.samples_answers else "gold"
     reasoner = Phase(

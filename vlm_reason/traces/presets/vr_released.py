@@ -1,11 +1,13 @@
-"""Variational Reasoning as its released pipeline computes it: one offline pass, best of K, mixed with the original data.
+"""Variational Reasoning as its released pipeline computes it: one offline pass, best of K, mixed with the data.
 
     phase 1  q: plain fine-tuning of the hinted model on the given traces (c_q = 1)
     phase 2  pi: the given trace and answer (c = 1)
-    phase 3  pi: of K = 8 traces from q, the one with the largest  log e + mean_t [log pi - log q]  (c = 1), if any is right
+    phase 3  pi: of K = 8 traces from q, the one with the largest  log e + mean_t [log pi - log q]  (c = 1),
+             if any is right
 
-Kept for comparison: it is best-of-K distillation, not the weighted bound of the paper's Algorithm 1 (see `vr`), and it needs
-teacher traces. The answer trained behind the chosen trace is the first right one. arXiv 2509.22637, section 4.1.
+Kept for comparison: it is best-of-K distillation, not the weighted bound of the paper's Algorithm 1 (see
+`vr`), and it needs teacher traces. The answer trained behind the chosen trace is the first right one. arXiv
+2509.22637, section 4.1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,49 @@
+"""What is refused before a run starts: data, sizes and recipes that cannot work together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import UserError
+from ..types import Problem
+from .config import TraceConfig
+from .recipe import Recipe
+from .window import deal
+
+
+def check_run(
+    recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool
+) -> None:
+    """UserError for the first thing that is wrong. traces: K; adapters: whether there are any (else full weights)."""
+    if not problems:
+        raise UserError("train_dataset is empty: give at least one problem")
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UserError(f"problem id {problem.id!r} occurs twice in train_dataset; ids must be unique")
+        seen.add(problem.id)
+    if args.prompts_per_window > len(problems):
+        raise UserError(
+            f"trainer.prompts_per_window is {args.prompts_per_window}, but there are only {len(problems)} "
+            "problems: a window would hold one twice; lower it or raise task.size"
+        )
+    for phase in recipe.phases:
+        if phase.proposal.components:
+            deal(phase.proposal.components, traces)
+        bare = [p.id for p in problems if p.metadata.get("rationale") is None]
+        if phase.null_group == "dataset" and bare:
+            raise UserError(
+                f"phase {phase.name!r}: null_group 'dataset' needs a rationale with every problem, and {bare[0]!r} "
+                "has none: add a 'rationale' field to the data, or choose null_group skip"
+            )
+        needs = {c.adapter for c in phase.proposal.components} | set(phase.trains)
+        needs |= {"base"} if phase.kl or "logp_ref" in phase.needs else set()
+        if not adapters and (missing := sorted(needs - {"reasoner"})):
+            raise UserError(
+                f"recipe {recipe.name!r} needs {missing[0]!r} beside the reasoner, which full weights do not "
+                "have: train with adapters"
+            )
+    if not adapters and recipe.reset == "base":
+        raise UserError(
+            f"recipe {recipe.name!r} resets to the base, which full weights no longer have: use adapters"
+        )
