@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm_reason.errors import UserError
 from vlm_reason.tasks.prompts import PromptBuilder
-from vlm_reason.tasks.templates import ARITHMETIC, CHAT, CHOICES, STEPS, TEMPLATES, Shot, Template
+from vlm_reason.tasks.templates import (
+    ARITHMETIC,
+    CHAT,
+    CHOICES,
+    STEPS,
+    TEMPLATES,
+    Shot,
+    Template,
+    template_named,
+)
 from vlm_reason.types import Problem, StopRule
 
 SUM = Problem("s", "State the final answer to the following arithmetic problem: 58 + 26 =", "84")
@@ -187,6 +196,12 @@ def test_merging_boundaries_are_named(
     with pytest.raises(UserError, match=message):
         PromptBuilder(byte_bpe(GPT2, merges), template)
     PromptBuilder(byte_bpe(GPT2, []), template)  # the same template is fine where nothing merges
+
+
+def test_template_names() -> None:
+    assert template_named("steps") is STEPS
+    with pytest.raises(UserError, match="unknown template 'stpes'; did you mean 'steps'"):
+        template_named("stpes")
 
 
 def test_refusals(tokenizer: Any) -> None:

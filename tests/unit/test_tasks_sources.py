@@ -67,7 +67,8 @@ def test_reproducibility_is_why_generators_are_quarantined() -> None:
         "import hashlib, sys, reasoning_gym as rg\n"
         "for n in sys.argv[1:]:\n"
         "    d = rg.create_dataset(n, size=12, seed=3)\n"
-        "    print(n, hashlib.md5(repr([d[i]['question'] for i in range(12)]).encode()).hexdigest())\n"
+        "    made = repr([(d[i]['question'], d[i]['answer']) for i in range(12)])\n"
+        "    print(n, hashlib.md5(made.encode()).hexdigest())\n"
     )
     salted = [n for n, why in QUARANTINED.items() if "another process" in why]
     names = [*salted, "chain_sum", "basic_arithmetic", "gcd", "letter_counting"]
@@ -122,6 +123,13 @@ def test_held_out_shares_no_question() -> None:
     assert 0 < len(kept) < len(fresh)
     assert not {p.question for p in kept} & {p.question for p in training}
     assert len({p.question for p in kept}) == len(kept)
+
+
+def test_held_out_tells_problems_apart_by_their_choices() -> None:
+    a, b = (
+        Problem(i, "Which?", "A", metadata={"choices": c}) for i, c in (("a", ("x", "y")), ("b", ("x", "z")))
+    )
+    assert held_out([a, b, a], [a]) == [b]
 
 
 # ---- JSONL formats ----

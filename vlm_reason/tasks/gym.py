@@ -18,7 +18,9 @@ _NO_GOLD = (
     "its own reference answer scores 0 (there is no unique solution), so no sampled answer can be compared"
 )
 _REWARDS_GARBAGE = "its scorer gives 1.0 to any text"
-_NOT_REPRODUCIBLE = "the same seed gives other problems in another process, so a run cannot be resumed"
+_NOT_REPRODUCIBLE = (
+    "the same seed gives other problems or references in another process, so a run cannot be resumed"
+)
 
 QUARANTINED: Mapping[str, str] = {
     "boxnet": _NO_GOLD,

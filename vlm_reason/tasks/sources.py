@@ -98,18 +98,26 @@ def load_problems(spec: TaskSpec) -> list[Problem]:
 
 
 def held_out(problems: Sequence[Problem], training: Sequence[Problem]) -> list[Problem]:
-    """The problems whose question does not occur in `training`, and each question once.
+    """The problems that are not asked in `training`, each once. Same question, context and choices: same problem.
 
     Needed for generators. Most of reasoning-gym draws problem i from seed + i, so seed 8 is seed 7 shifted by one: take
     seeds far apart. Small problems (2 terms of 1 digit) repeat even then.
     """
-    seen = {p.question for p in training}
+    seen = {_asked(p) for p in training}
     kept = []
     for problem in problems:
-        if problem.question not in seen:
-            seen.add(problem.question)
+        if _asked(problem) not in seen:
+            seen.add(_asked(problem))
             kept.append(problem)
     return kept
+
+
+def _asked(problem: Problem) -> tuple[str, str, tuple[str, ...]]:
+    return (
+        problem.question,
+        str(problem.metadata.get("context", "")),
+        tuple(problem.metadata.get("choices", ())),
+    )
 
 
 def _unique_ids(problems: list[Problem], name: str) -> list[Problem]:
