@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-PROMPT = "Q: 2 + 3\nA: 5\n\nQ: 7 + 1\nA: 8\n\nQ: 4 + 4\nA:"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_the_stored_folder_is_an_ordinary_model(builtin_model_dir: Path) -> None:
@@ -39,14 +40,15 @@ def test_the_stored_folder_is_an_ordinary_model(builtin_model_dir: Path) -> None
     assert tokenizer.decode(tokenizer("12 + 3\n\nx").input_ids) == "12 + 3\n\nx"
 
 
-def test_it_can_add_and_its_logprobs_agree(builtin_model_dir: Path) -> None:
+def test_it_answers_and_its_logprobs_agree(builtin_model_dir: Path) -> None:
     model, tokenizer = load_model(builtin_model_dir, dtype="float32", device="cpu")
     engine = HFEngine(model, tokenizer)
-    prompt = tuple(tokenizer(PROMPT).input_ids)
-    greedy = SampleRequest(prompt, 0, 8, Law(temperature=0.0), StopRule(("\n",), (tokenizer.eos_token_id,)))
+    prompt = tuple(tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True).input_ids)
+    stop = StopRule(eos=(tokenizer.eos_token_id,), eos_is_stop=True)
+    greedy = SampleRequest(prompt, 0, 12, Law(temperature=0.0), stop)
     sampled = [SampleRequest(prompt, seed, 6) for seed in range(3)]
     first, *others = engine.sample([greedy, *sampled])
-    assert (first.text, first.finish) == (" 8\n", "stop")
+    assert (first.text, first.finish) == ("The capital of France is Paris.", "stop")
     scores = engine.score([ScoreRequest(prompt, c.ids) for c in others])
     for completion, score in zip(others, scores, strict=True):
         torch.testing.assert_close(torch.tensor(completion.logps), torch.tensor(score), rtol=0, atol=2e-4)
@@ -57,10 +59,10 @@ def test_a_damaged_copy_is_rebuilt_from_the_wheel(
     builtin_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLM_REASON_HOME", str(tmp_path))
-    folder = ensure_builtin()
-    reference = fingerprint_weights(load_model(folder)[0])
+    folder = tmp_path / "models" / "smollm2-135m"
+    shutil.copytree(builtin_model_dir, folder)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1_000_000)
     assert "1000000 bytes" in (find_damage(folder) or "")
-    assert fingerprint_weights(load_model(ensure_builtin())[0]) == reference
-    assert fingerprint_weights(load_model(builtin_model_dir)[0]) == reference
+    rebuilt, _ = load_model(ensure_builtin())
+    assert fingerprint_weights(rebuilt) == fingerprint_weights(load_model(builtin_model_dir)[0])
