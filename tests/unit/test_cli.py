@@ -92,6 +92,7 @@ def test_bad_input_is_one_line_and_exit_2(recipe: Path, capfd, arguments, messag
 
 
 def test_key_values_are_taken_behind_options_too(recipe: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")  # put back what --quiet sets
     seen: list[Namespace] = []
     use(monkeypatch, lambda options: seen.append(options) or {})
     assert entry.main(["train", "--quiet", str(recipe), "seed=1", "--json", "model=x"]) == 0

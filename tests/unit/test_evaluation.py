@@ -98,7 +98,7 @@ JUDGE = make_judge(Verifier(), Builder())
 def test_accuracy_of_samples_is_the_enumerated_one() -> None:
     result = evaluate(World(), Builder(), PROBLEMS, JUDGE, EvalConfig(traces=8, answers=2, temperature=1.0))
     low, high = result.accuracy.ci
-    assert low <= P_REFERENCE <= high and high - low < 0.06 and result.accuracy.method == "clustered"
+    assert low <= P_REFERENCE <= high and high - low < 0.06 and result.accuracy.method == "clustered wilson"
     assert result.accuracy.value == pytest.approx(P_REFERENCE, abs=0.03)
     assert result.truncated.value == pytest.approx(P_Z["cut"], abs=0.03)
     assert result.trace_length.value == pytest.approx(2 * 0.8 + 3 * 0.2, abs=0.05)
@@ -233,8 +233,8 @@ def test_pass_at_k_is_the_average_over_subsets() -> None:
 
 def test_accuracy_chooses_its_interval() -> None:
     assert accuracy([1, 0, 1], ["a", "b", "c"]).method == "wilson"
-    assert accuracy([1, 0, 1], ["a", "b", "b"]).method == "clustered"
-    assert accuracy([0.5, 0, 1], ["a", "b", "c"]).method == "clustered"
+    assert accuracy([1, 0, 1], ["a", "b", "b"]).method == "clustered wilson"
+    assert accuracy([0.5, 0, 1], ["a", "b", "c"]).method == "clustered wilson"
 
 
 def test_answer_kind_is_read_off_the_problem() -> None:

@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 from vlm_reason.errors import UserError
 from vlm_reason.stats import (
     clustered,
+    clustered_share,
     holm,
     mean_interval,
     minimum_detectable_effect,
@@ -143,3 +144,35 @@ def test_holm_by_hand() -> None:
 def test_minimum_detectable_effect_has_the_stated_power() -> None:
     effect = minimum_detectable_effect(0.02)
     assert scipy_stats.norm.sf(scipy_stats.norm.ppf(0.975) - effect / 0.02) == pytest.approx(0.8)
+
+
+def test_clustered_share_is_wilson_when_every_item_stands_alone() -> None:
+    values = [1.0] * 300 + [0.0] * 100
+    alone, plain = clustered_share(values, list(range(400))), wilson(values)
+    assert alone.ci == pytest.approx(plain.ci, abs=1e-3)  # they differ by the t quantile and n - 1
+    copies = clustered_share(np.repeat(values, 5), list(np.repeat(np.arange(400), 5)))
+    assert copies.ci == pytest.approx(alone.ci, abs=1e-9)
+
+
+def test_clustered_share_keeps_its_width_where_all_are_wrong() -> None:
+    estimate = clustered_share([0.0] * 40, [i // 4 for i in range(40)])
+    assert estimate.value == 0 and estimate.flags == ("degenerate",)
+    assert estimate.ci[0] == 0 and estimate.ci[1] > wilson([0] * 10).ci[1] > 0.25  # ten items, not forty
+    with pytest.raises(ValueError, match=r"shares must be in \[0, 1\]"):
+        clustered_share([2.0, 0.0], ["a", "b"])
+
+
+def test_clustered_share_covers_a_small_probability() -> None:
+    generator = np.random.default_rng(3)
+    share, t_interval, runs = 0, 0, 400
+    for _ in range(runs):
+        p = generator.beta(0.2, 3.8, size=40)  # mean 0.05; most items hopeless, a few easy
+        values = generator.random((40, 8)) < p[:, None]
+        items = list(np.repeat(np.arange(40), 8))
+        for count, interval in ((0, clustered_share), (1, clustered)):
+            low, high = interval(values.ravel().astype(float), items).ci
+            if count == 0:
+                share += low <= 0.05 <= high
+            else:
+                t_interval += low <= 0.05 <= high
+    assert share / runs >= 0.92 and share > t_interval

@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = _parse(parser, arguments)
     command: Command = options.command
+    if options.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which no command has done yet
     try:
         if options.json:
             with json_stdout() as stdout:

@@ -171,7 +171,7 @@ def _show(result: Result) -> None:
     shown = result["rankings"][:SHOWN]
     entries = [
         (
-            _short(entry["question"]),
+            _tail(entry["question"]),
             _short(entry["reference"], 16),
             _short(entry["answer"] or "-", 16),
             number(entry["answers"][0]["posterior"] if entry["answers"] else None, ".2f"),
@@ -189,6 +189,12 @@ def _show(result: Result) -> None:
 def _short(text: str, width: int = 40) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _tail(text: str, width: int = 40) -> str:
+    """Questions of a generator begin alike and differ at the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else "…" + line[1 - width :]
 
 
 COMMAND = Command(

@@ -66,7 +66,10 @@ def load_section(config: RunConfig, section: str) -> list[Problem]:
             )
         problems = kept
     if not problems:
-        raise UserError(f"no problems in {section!r} that are not trained on")
+        raise UserError(
+            f"every problem of {section!r} is trained on too; a generator with seed s + 1 repeats the problems of "
+            "seed s, shifted by one: choose a distant seed"
+        )
     return problems
 
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..stats import clustered, mean_interval, wilson
+from ..stats import clustered_share, mean_interval, wilson
 from ..types import Estimate
 
 
@@ -17,7 +17,7 @@ def accuracy(correct: ArrayLike, items: Sequence[Hashable]) -> Estimate:
     samples of one item are not independent): see `stats.clustered`. `n` counts samples."""
     values = np.asarray(correct, dtype=float).ravel()
     once = len(set(items)) == len(items)
-    return wilson(values) if once and bool(np.isin(values, (0, 1)).all()) else clustered(values, items)
+    return wilson(values) if once and bool(np.isin(values, (0, 1)).all()) else clustered_share(values, items)
 
 
 def pass_at_k_of_item(n: int, correct: int, k: int) -> float:

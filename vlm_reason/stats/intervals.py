@@ -1,4 +1,4 @@
-"""95% intervals for a mean: Wilson for 0/1 items, Student t otherwise, clustered when items share a cause.
+"""95% intervals for a mean: Wilson for 0/1 items, Student t otherwise, clustered when values share an item.
 
 Empty input is NaN with the flag `empty`, never 0. A value that is not finite raises, unless
 `on_invalid="drop"`, which counts what it dropped.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, norm, t
 
 from ..types import Estimate
 
@@ -82,6 +83,30 @@ def clustered(values: ArrayLike, clusters: Sequence[Hashable], on_invalid: OnInv
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * se
     flags = ("degenerate",) if se == 0 else ()
     return Estimate(mean, se, (mean - half, mean + half), n, dropped, "clustered", flags)
+
+
+def clustered_share(shares: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
+    """Mean of values in [0, 1] in C clusters: value and SE of `clustered`, with an interval that stays in [0,
+    1] and keeps its width at 0 and at 1: Wilson's, at the number of independent items that the clustered
+    error is worth,
+
+        n_eff = mean (1 - mean) / SE^2  *  (z / t_{C-1})^2          (as in Korn & Graubard 1998, for Wilson)
+
+    and n_eff = C (z / t_{C-1})^2 where every value is 0, or every value is 1 (flag `degenerate`)."""
+    basic = clustered(shares, clusters)
+    array = np.asarray(shares, dtype=float)
+    if len(array) and (array.min() < 0 or array.max() > 1):
+        raise ValueError(f"shares must be in [0, 1], got {array.min()} to {array.max()}")
+    if not math.isfinite(basic.se):
+        return basic
+    count = len(set(clusters))
+    z, mean = float(norm.ppf((1 + LEVEL) / 2)), basic.value
+    worth = mean * (1 - mean) / basic.se**2 if basic.se > 0 else float(count)
+    worth *= (z / float(t.ppf((1 + LEVEL) / 2, count - 1))) ** 2
+    centre = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
+    half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + z * z / (4 * worth * worth))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return replace(basic, ci=(low, high), method="clustered wilson")
 
 
 def finite(values: ArrayLike, on_invalid: OnInvalid = "raise") -> tuple[NDArray[np.float64], int]:
