@@ -4,10 +4,10 @@
     python scripts/quickstart.py --output runs/quickstart
 
 1. The base model at its best prompt (worked examples) on held-out problems.
-2. `vr`: variational reasoning. The model's own answers, and the hint, decide which of its traces it learns from.
-3. Two controls at the tokens that `vr` used: `rft` (rejection sampling without hints) and `sft` (answers without traces).
-4. Every model on the same held-out problems, greedy, with paired differences; the bound on log p(y*|x) before and after; and
-   rationales ranked by the answer they support.
+2. `vr`: variational reasoning. Traces drawn with and without a hint, weighted by how well they explain the answer.
+3. Two controls at the tokens that `vr` used: `rft` (rejection sampling, no hints) and `sft` (answers, no traces).
+4. Every model on the same held-out problems, greedy, with paired differences; the bound on log p(y*|x) before and
+   after; and rationales ranked by the answer they support.
 
 Every stage leaves its result in OUTPUT/stages: started again, a finished stage is read back and an interrupted training
 goes on from its last checkpoint. OUTPUT/summary.json has the figures, OUTPUT/result.png the picture.
@@ -46,7 +46,9 @@ class Stages:
         self.folder = folder
 
     def run(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        key = hashlib.blake2b(json.dumps(inputs, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        key = hashlib.blake2b(
+            json.dumps(inputs, sort_keys=True, default=str).encode(), digest_size=8
+        ).hexdigest()
         path = self.folder / f"{name}.json"
         if path.is_file() and (stored := json.loads(path.read_text())).get("key") == key:
             console.print(f"[dim]{name}: done before[/dim]")
@@ -59,7 +61,9 @@ class Stages:
         return result
 
     def seconds(self) -> dict[str, float]:
-        return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(self.folder.glob("*.json"))}
+        return {
+            path.stem: json.loads(path.read_text())["seconds"] for path in sorted(self.folder.glob("*.json"))
+        }
 
 
 class Held:
@@ -71,7 +75,7 @@ class Held:
         from vlm_reason.models.adapters import add_adapters, load_adapters
         from vlm_reason.models.load import load_model
         from vlm_reason.tasks.prompts import PromptBuilder
-        from vlm_reason.tasks.sources import TaskSpec, load_problems
+        from vlm_reason.tasks.sources import TaskSpec, held_out, load_problems
         from vlm_reason.traces.run import adapter_config, resolve_template, resolve_verifier
 
         model, tokenizer = load_model(config.model, dtype=config.dtype)
@@ -82,8 +86,7 @@ class Held:
         self.engine = make_engine(model, tokenizer, config.engine)
         self.prompts = PromptBuilder(tokenizer, resolve_template(config.template), shots=shots)
         spec = from_dict(TaskSpec, config.eval_task, "eval_task")
-        seen = {p.question for p in load_problems(from_dict(TaskSpec, config.task, "task"))}
-        self.problems = [p for p in load_problems(spec) if p.question not in seen]
+        self.problems = held_out(load_problems(spec), load_problems(from_dict(TaskSpec, config.task, "task")))
         self.judge = make_judge(resolve_verifier(config.verifier, spec), self.prompts)
         self.sampling = config.sampling
 
@@ -92,24 +95,30 @@ class Held:
 
         lengths = {k: self.sampling[k] for k in ("max_trace_tokens", "max_answer_tokens")}
         config = EvalConfig(adapter=self.adapter, **lengths)
-        result = evaluate(self.engine, self.prompts, self.problems, self.judge, config, progress=f"{label}: greedy")
+        result = evaluate(
+            self.engine, self.prompts, self.problems, self.judge, config, progress=f"{label}: greedy"
+        )
         return {**result.to_json(), "per_problem": dict(result.per_problem)}
 
     def bound(self, label: str) -> dict[str, Any]:
         from vlm_reason.evaluation import BoundConfig, bound
 
         config = BoundConfig(
-            self.sampling["bound_traces"], self.sampling["max_trace_tokens"], self.adapter, self.sampling["seed"]
+            self.sampling["bound_traces"],
+            self.sampling["max_trace_tokens"],
+            self.adapter,
+            self.sampling["seed"],
         )
         problems = self.problems[: self.sampling["bound_problems"]]
         return bound(self.engine, self.prompts, problems, config, progress=f"{label}: bound").to_json()
 
     def ranking(self, label: str) -> dict[str, Any]:
-        """K sampled rationales a problem, ranked three ways; accuracy of the top answer, and one problem spelled out."""
-        from vlm_reason.evaluation import EvalConfig, draw
+        """K sampled rationales a problem; accuracy of the top-ranked answer, and one problem spelled out."""
+        from vlm_reason.engines.base import Law
+        from vlm_reason.evaluation import EvalConfig, answer_kind, draw
         from vlm_reason.ranking import candidates_from_records, rank
-        from vlm_reason.ranking.scores import score_matrix
         from vlm_reason.store import Provenance
+        from vlm_reason.tasks.answers import canonical
 
         problems = self.problems[: self.sampling["rank_problems"]]
         config = EvalConfig(
@@ -117,21 +126,26 @@ class Held:
             self.sampling["max_answer_tokens"], self.adapter, self.sampling["seed"],
         )  # fmt: skip
         provenance = Provenance("quickstart", "quickstart", 1.0, 1.0)
-        records = draw(self.engine, self.prompts, problems, self.judge, config, provenance, f"{label}: rationales")
+        records = draw(
+            self.engine, self.prompts, problems, self.judge, config, provenance, f"{label}: rationales"
+        )
         right: dict[str, list[bool]] = {"majority": [], "mixture": []}
         example: dict[str, Any] = {}
-        from vlm_reason.engines.base import Law
-        from vlm_reason.tasks.answers import canonical
-
+        groups = {p.id: [r for r in records if r.problem_id == p.id] for p in problems}
+        matrices = score_matrices(self.engine, self.prompts.cue_ids, groups, Law(self.adapter))
         for problem in problems:
-            own = [r for r in records if r.problem_id == problem.id]
-            matrix = score_matrix(self.engine, self.prompts, problem, own, Law(self.adapter))
-            candidates = replace(candidates_from_records(own), logp_answer=matrix)
-            gold = canonical(problem.answer, "number")
+            own = groups[problem.id]
+            candidates = replace(candidates_from_records(own), logp_answer=matrices[problem.id])
+            gold = canonical(problem.answer, answer_kind(problem))
             for method in right:
                 ranking = rank(candidates, method)
                 right[method].append(ranking.answer == gold)
-                if method == "mixture" and not example and ranking.answer == gold and len(set(candidates.classes)) > 1:
+                if (
+                    method == "mixture"
+                    and not example
+                    and ranking.answer == gold
+                    and len(set(candidates.classes)) > 1
+                ):
                     example = _spelled_out(problem, own, ranking)
         single = [bool(r.correct) for r in records]
         return {
@@ -150,7 +164,8 @@ def _spelled_out(problem: Any, records: list[Any], ranking: Any) -> dict[str, An
         "answer": problem.answer,
         "answers": list(zip(ranking.classes, ranking.posterior, strict=True))[:4],
         "rationales": [
-            [weight, records[n].trace_text.strip(), records[n].answer_text.strip()] for weight, n in list(best)[:4]
+            [weight, records[n].trace_text.strip(), records[n].answer_text.strip()]
+            for weight, n in list(best)[:4]
         ],
     }
 
@@ -164,7 +179,9 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
     main = _config("quickstart.yaml", output / "vr", overrides)
     base_shots = main.sampling["base_shots"]
 
-    def judged(name: str, config: RunConfig, trained: bool, shots: int, ranked: bool = False) -> dict[str, Any]:
+    def judged(
+        name: str, config: RunConfig, trained: bool, shots: int, ranked: bool = False
+    ) -> dict[str, Any]:
         def work() -> dict[str, Any]:
             held = Held(config, Path(config.output_dir) / "adapters" if trained else None, shots)
             result = {"eval": held.accuracy(name), "bound": held.bound(name)}
@@ -182,7 +199,9 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
         results[name] = judged(name, config, trained=True, shots=config.shots)
 
     per_problem = {name: r["eval"]["per_problem"] for name, r in results.items()}
-    against_base = {n: paired_difference(v, per_problem["base"]) for n, v in per_problem.items() if n != "base"}
+    against_base = {
+        n: paired_difference(v, per_problem["base"]) for n, v in per_problem.items() if n != "base"
+    }
     against_controls = {n: paired_difference(per_problem["vr"], per_problem[n]) for n in CONTROLS}
     gain = against_base["vr"]
     totals = runs["vr"]["totals"]
@@ -257,7 +276,12 @@ def _plot(output: Path, results: dict[str, Any], against_base: dict[str, Any]) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {"base": "base\n(few-shot)", "sft": "sft\n(no trace)", "rft": "rft\n(no hint)", "vr": "vr\n(variational)"}
+    names = {
+        "base": "base\n(few-shot)",
+        "sft": "sft\n(no trace)",
+        "rft": "rft\n(no hint)",
+        "vr": "vr\n(variational)",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 4))
     values = [results[n]["eval"]["accuracy"]["value"] for n in names]
     low = [v - results[n]["eval"]["accuracy"]["ci"][0] for n, v in zip(names, values, strict=True)]
@@ -308,9 +332,13 @@ def show(summary: dict[str, Any], output: Path) -> None:
     out.print(table)
     for name, control in summary["controls"].items():
         d = control["vr_minus_control"]
-        out.print(f"vr minus {name}, paired: {d['value']:+.3f} {_interval(d['ci'], '+.3f')}, p = {d['p']:.2g}")
+        out.print(
+            f"vr minus {name}, paired: {d['value']:+.3f} {_interval(d['ci'], '+.3f')}, p = {d['p']:.2g}"
+        )
     b = summary["bound"]
-    out.print(f"bound on log p(y*|x), IWAE with K = {b['k']}: {b['before']:.2f} before, {b['after']:.2f} after (nats)")
+    out.print(
+        f"bound on log p(y*|x), IWAE with K = {b['k']}: {b['before']:.2f} before, {b['after']:.2f} after (nats)"
+    )
     r = summary["ranking"]
     out.print(
         f"{r['traces']} rationales a problem on {r['problems']} problems: one sample {r['one_sample']:.3f}, majority "
@@ -321,7 +349,9 @@ def show(summary: dict[str, Any], output: Path) -> None:
         for weight, text, answer in example["rationales"]:
             out.print(f"  {weight:5.2f}  {text}  -> {answer}", markup=False)
     rates = ", ".join(f"{k} {v:.0f}" for k, v in summary["tokens_per_second"].items() if v)
-    out.print(f"\ntokens per second: {rates}; {summary['wall_seconds']:.0f} s in all; {output / 'result.png'}")
+    out.print(
+        f"\ntokens per second: {rates}; {summary['wall_seconds']:.0f} s in all; {output / 'result.png'}"
+    )
 
 
 def _interval(ci: list[float], form: str = ".3f") -> str:
@@ -329,10 +359,16 @@ def _interval(ci: list[float], form: str = ".3f") -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of results (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder of results (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of the table")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, as for vlm-reason train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config overrides, as for vlm-reason train"
+    )
     arguments = parser.parse_args()
     try:
         summary = run(arguments.output, arguments.overrides)

@@ -120,6 +120,7 @@ class Scores:
     chain: Tensor | None = None
     problem: Tensor | None = None
     logp_empty: Tensor | None = None
+    worst_token: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +31,37 @@ FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
-def save_trace_state(
-    folder: str | Path,
-    window: Window | None,
-    states: Sequence[State],
-    memory: ChainMemory,
-    identity: dict[str, Any],
-) -> None:
+@dataclass
+class TraceState:
+    """What a run carries from step to step beside weights and optimiser: the window in hand, each phase's preset state,
+    the chains, and the tokens spent."""
+
+    window: Window | None
+    presets: list[State]
+    chains: ChainMemory
+    tokens_used: int = 0
+
+
+def save_trace_state(folder: str | Path, state: TraceState, identity: dict[str, Any]) -> None:
     """Write the trace state into `folder` (a checkpoint still under its temporary name). `identity` names the run
     (recipe, seed, sizes): resuming under another one is refused."""
     tensors = {
-        f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if torch.is_tensor(v)
+        f"{i}.{k}": v for i, own in enumerate(state.presets) for k, v in own.items() if torch.is_tensor(v)
     }
-    plain = [{k: v for k, v in state.items() if not torch.is_tensor(v)} for state in states]
     body = {
         "format": FORMAT,
         "identity": identity,
-        "window": None if window is None else _window_to_json(window),
-        "states": plain,
-        "chains": memory.to_json(),
+        "window": None if state.window is None else _window_to_json(state.window),
+        "presets": [{k: v for k, v in own.items() if not torch.is_tensor(v)} for own in state.presets],
+        "chains": state.chains.to_json(),
+        "tokens_used": state.tokens_used,
     }
     folder = Path(folder)
     (folder / STATE_FILE).write_text(json.dumps(body))
     save_file(tensors, folder / TENSOR_FILE)
 
 
-def load_trace_state(
-    folder: str | Path, identity: dict[str, Any]
-) -> tuple[Window | None, list[State], ChainMemory]:
+def load_trace_state(folder: str | Path, identity: dict[str, Any]) -> TraceState:
     """Read back what `save_trace_state` wrote. UserError when it belongs to another run."""
     folder = Path(folder)
     try:
@@ -77,12 +79,12 @@ def load_trace_state(
             f"this run has {identity[key]!r}: choose another output_dir, or resume with the settings it was "
             "started with"
         )
-    states: list[State] = [dict(state) for state in body["states"]]
+    presets: list[State] = [dict(own) for own in body["presets"]]
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        states[int(index)][key] = value
+        presets[int(index)][key] = value
     window = None if body["window"] is None else _window_from_json(body["window"])
-    return window, states, ChainMemory.from_json(body["chains"])
+    return TraceState(window, presets, ChainMemory.from_json(body["chains"]), body["tokens_used"])
 
 
 def _window_to_json(window: Window) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class TraceConfig(TrainingArguments):
             "help": "A constant that divides the loss (a mean trace length, say); never a batch statistic."
         },
     )
+    token_budget: int | None = field(
+        default=None,
+        metadata={"help": "Stop after the step at which generated + scored + trained tokens reach this."},
+    )
     log_completions: bool = field(default=True, metadata={"help": "Write completions/window_*.jsonl."})
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
@@ -89,6 +93,8 @@ class TraceConfig(TrainingArguments):
                 raise UserError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
         if self.traces_per_prompt is not None and self.traces_per_prompt < 1:
             raise UserError(f"trainer.traces_per_prompt (K) must be >= 1, got {self.traces_per_prompt}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise UserError(f"trainer.token_budget must be >= 1, got {self.token_budget}")
         if self.prompts_per_step > self.prompts_per_window:
             raise UserError(
                 f"trainer.prompts_per_step ({self.prompts_per_step}) exceeds prompts_per_window "

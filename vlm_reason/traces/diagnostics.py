@@ -12,6 +12,7 @@ from ..objectives import effective_sample_size, iwae
 from ..tasks.steps import answer_copied, check_steps
 from ..types import Coefficients, TraceGroup
 from .measure import Measured
+from .replay import CHAIN
 
 Metrics = dict[str, float | int | None]
 
@@ -19,21 +20,26 @@ Metrics = dict[str, float | int | None]
 def window_metrics(
     groups: Sequence[TraceGroup], measured: Measured, coefficients: Coefficients, alive: Sequence[bool]
 ) -> Metrics:
-    """One number each; None where the window cannot say (no prior draws, say).
+    """One number each; None where the window cannot say (no prior draws, say). A stored chain is no fresh draw: it
+    is left out of the bound, of unhinted_accuracy and of the tokens generated.
 
     bound              mean over groups of log (1/K) sum_k e_k pi(z_k)/r(z_k), over groups where it is finite (the
-                       share where it is not is bound_null); an estimate of IWAE-K under this evidence
+                       share where it is not is bound_null); an estimate of IWAE-K under this evidence. None where
+                       the ratio was neither measured nor 1
     ess                mean effective sample size of the trained weights |c_z| (or |c_q|), of K
     null_rate          share of groups that train on nothing
     weight_length_corr Pearson correlation of weight and trace length, pooled
-    answer_copied      share of traces drawn behind a hint that contain the reference answer
+    answer_copied      share of traces drawn behind a hint that state the reference answer without deriving it
     steps_right        share of complete traces whose written equations all hold, of those that have any
     accuracy           share of right answers behind all traces
     unhinted_accuracy  the same behind traces of the prior alone
     """
     traces = [t for group in groups for t in group.traces]
     scores = measured.scores
-    bound, bound_null = _bound(scores.log_evidence + scores.logp_prior - scores.logq, scores.mask)
+    fresh = scores.mask if scores.chain is None else scores.mask & ~scores.chain
+    bound, bound_null = None, None
+    if measured.ratio_known:
+        bound, bound_null = _bound(scores.log_evidence + scores.logp_prior - scores.logq, fresh)
     weights = coefficients.c_z if coefficients.c_z is not None else coefficients.c_q
     ess, correlation = (None, None) if weights is None else _weights(weights, scores.length, scores.mask)
     hinted = [
@@ -42,7 +48,7 @@ def window_metrics(
     checked = [check_steps(t.completion.text) for t in traces if t.complete]
     checked = [c for c in checked if c.n_equations]
     right = [
-        (t.saw_answer, v.correct)
+        (t.saw_answer or t.proposal == CHAIN, v.correct)
         for g, group in enumerate(groups)
         for k, t in enumerate(group.traces)
         for v in measured.verdicts[g][k]
@@ -56,17 +62,24 @@ def window_metrics(
         "answer_copied": _mean([answer_copied(t.completion.text, answer) for answer, t in hinted]),
         "steps_right": _mean([c.all_right for c in checked]),
         "accuracy": _mean([ok for _, ok in right]),
-        "unhinted_accuracy": _mean([ok for saw, ok in right if not saw]),
+        "unhinted_accuracy": _mean([ok for excluded, ok in right if not excluded]),
         "truncated": _mean([not t.complete for t in traces]),
         "unverifiable": sum(v.failed for group in measured.verdicts for ks in group for v in ks),
         "trace_tokens": _mean([len(t.ids) for t in traces]),
-        "tokens/generated": sum(
-            len(t.ids) + sum(len(a.ids) for a in t.answers) for t in traces if t.completion.seed
-        ),
         "tokens/scored": measured.scored_tokens,
         "traces": len(traces),
         "distinct_traces": len({(t.problem_id, t.ids) for t in traces}),
     }
+
+
+def generated_tokens(groups: Sequence[TraceGroup]) -> int:
+    """Tokens that sampling this window wrote: traces and answers, not given traces and not stored chains."""
+    return sum(
+        len(t.ids) + sum(len(a.ids) for a in t.answers)
+        for group in groups
+        for t in group.traces
+        if t.proposal not in ("dataset", CHAIN)
+    )
 
 
 def _mean(values: Sequence[float | bool]) -> float | None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..engines.base import Engine, Law, ScoreRequest
-from ..engines.rollout import answer_context
 from ..tasks.prompts import PromptBuilder
 from ..tasks.verifiers import Verdict, Verifier
 from ..types import Completion, Problem, Scores, TraceGroup
 from . import evidence
-from .recipe import Component, Phase
+from .recipe import PRIOR, Component, Phase
+from .replay import CHAIN
 
 EvidenceFunction = Callable[[TraceGroup], Sequence[float]]
 """A user's own evidence: the K numbers e >= 0 of a group."""
@@ -26,11 +26,15 @@ EvidenceFunction = Callable[[TraceGroup], Sequence[float]]
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of a batch of groups with what the diagnostics read beside them."""
+    """Scores of a batch of groups with what the diagnostics read beside them.
+
+    ratio_known: logp_prior - logq is log pi(z|x) - log r(z): both were measured, or every trace is a draw of pi.
+    """
 
     scores: Scores
     verdicts: tuple[tuple[tuple[Verdict, ...], ...], ...]
     scored_tokens: int
+    ratio_known: bool
 
 
 @dataclass
@@ -42,10 +46,14 @@ class _Scorer:
     tokens: int = 0
 
     def __call__(self, requests: Sequence[ScoreRequest], what: str) -> list[tuple[float, ...]]:
-        if not requests:
+        """Equal requests are forwarded once: groups of an easy problem are full of the same trace."""
+        distinct = list(dict.fromkeys(requests))
+        if not distinct:
             return []
-        self.tokens += sum(len(r.context_ids) + len(r.target_ids) for r in requests)
-        return self.engine.score(requests, progress=self.progress and f"{self.progress}: {what}")
+        self.tokens += sum(len(r.context_ids) + len(r.target_ids) for r in distinct)
+        scored = self.engine.score(distinct, progress=self.progress and f"{self.progress}: {what}")
+        by_request = dict(zip(distinct, scored, strict=True))
+        return [by_request[r] for r in requests]
 
 
 def measure(
@@ -70,17 +78,14 @@ def measure(
         for k, trace in enumerate(group.traces):
             length[g, k] = len(trace.ids)
     verdicts = verify_answers(groups, verifier, prompts)
-    gold = _gold_logps(groups, phase, prompts, score)
+    prior = _prior_pass(groups, phase, prompts, score, (temperature, top_p))
+    gold = prior.answer
     log_evidence, empty = _evidence(
         groups, phase, prompts, score, verdicts, gold, length, width, callable_evidence
     )
     logq = torch.zeros(len(groups), width)
     if "logq" in phase.needs:
         logq = _proposal_density(groups, phase, prompts, score, temperature, top_p, width)
-    logp_prior = torch.zeros(len(groups), width)
-    if "logp_prior" in phase.needs:
-        law, name = Law("reasoner"), "reasoner/prior"
-        logp_prior = _trace_logps(groups, law, name, prompts.prior_ids, score, temperature, top_p, width)
     logp_ref = None
     if "logp_ref" in phase.needs:
         logp_ref = _trace_logps(
@@ -88,7 +93,7 @@ def measure(
         )
     logp_answer, answer_weight = _answers(groups, phase, gold, verdicts, width)
     scores = Scores(
-        logp_prior=logp_prior,
+        logp_prior=prior.total(width),
         logq=logq,
         log_evidence=log_evidence.masked_fill(~mask, float("-inf")),
         logp_answer=logp_answer,
@@ -99,7 +104,14 @@ def measure(
         chain=_chain(groups, width) if phase.proposal.chain else None,
         logp_empty=empty,
     )
-    return Measured(scores, verdicts, score.tokens)
+    measured_ratio = {"logp_prior", "logq"} <= phase.needs and bool(phase.proposal.components)
+    ratio_known = measured_ratio or ((temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups))
+    return Measured(scores, verdicts, score.tokens, ratio_known)
+
+
+def _all_from_prior(groups: Sequence[TraceGroup]) -> bool:
+    """Whether every fresh trace was drawn by the model as it will be used (stored chains aside)."""
+    return all(t.proposal in (PRIOR.components[0].name, CHAIN) for group in groups for t in group.traces)
 
 
 def verify_answers(
@@ -128,25 +140,81 @@ def _wants_gold(phase: Phase) -> bool:
     return phase.evidence.kind in kinds or "logp_answer" in phase.needs
 
 
-def _gold_logps(
-    groups: Sequence[TraceGroup], phase: Phase, prompts: PromptBuilder, score: _Scorer
-) -> list[list[tuple[float, ...]]]:
-    """log pi(y*_t | x, z, y*_<t) of every complete trace; () for an incomplete one."""
-    out: list[list[tuple[float, ...]]] = [[() for _ in group.traces] for group in groups]
-    if not _wants_gold(phase):
-        return out
-    where = [(g, k) for g, group in enumerate(groups) for k, t in enumerate(group.traces) if t.complete]
-    requests = [
-        ScoreRequest(
-            answer_context(prompts, groups[g].problem, groups[g].traces[k].ids),
-            prompts.answer_ids(groups[g].problem.answer),
-            Law("reasoner"),
-        )
-        for g, k in where
-    ]
-    for (g, k), logps in zip(where, score(requests, "answers"), strict=True):
-        out[g][k] = logps
+@dataclass(frozen=True)
+class _PriorPass:
+    """Token log-probabilities of pi behind the prior prompt: of each trace and of the reference answer behind it, [g][k].
+    () where there was nothing to score: an incomplete trace has evidence 0, whatever pi says of it."""
+
+    trace: list[list[tuple[float, ...]]]
+    answer: list[list[tuple[float, ...]]]
+
+    def total(self, width: int) -> Tensor:
+        """log pi(z|x), [G, K]."""
+        return _table(self.trace, width, 0.0, sum)
+
+    def worst(self, width: int) -> Tensor:
+        """min_t log pi over the tokens of z and y*, [G, K]; -inf for an incomplete trace."""
+        both = [
+            [z + y for z, y in zip(zs, ys, strict=True)]
+            for zs, ys in zip(self.trace, self.answer, strict=True)
+        ]
+        return _table(both, width, float("-inf"), min)
+
+
+def _table(
+    values: list[list[tuple[float, ...]]],
+    width: int,
+    empty: float,
+    reduce: Callable[[tuple[float, ...]], float],
+) -> Tensor:
+    out = torch.full((len(values), width), empty)
+    for g, group in enumerate(values):
+        for k, tokens in enumerate(group):
+            if tokens:
+                out[g, k] = reduce(tokens)
     return out
+
+
+def _prior_pass(
+    groups: Sequence[TraceGroup],
+    phase: Phase,
+    prompts: PromptBuilder,
+    score: _Scorer,
+    sampled: tuple[float, float],
+) -> _PriorPass:
+    """One forward over [x | z | cue | y*] gives both factors. A trace that this law drew (temperature and top-p 1) keeps the
+    sampler's own log-probabilities; it is forwarded only for the answer behind it."""
+    wants_trace = bool(phase.needs & {"logp_prior", "worst_token"})
+    result = _PriorPass([[() for _ in g.traces] for g in groups], [[() for _ in g.traces] for g in groups])
+    if not wants_trace and not _wants_gold(phase):
+        return result
+    where: list[tuple[int, int, int]] = []
+    requests: list[ScoreRequest] = []
+    for g, group in enumerate(groups):
+        prompt, y = tuple(prompts.prior_ids(group.problem)), prompts.answer_ids(group.problem.answer)
+        for k, trace in enumerate(group.traces):
+            if not trace.complete:
+                continue
+            own = sampled == (1.0, 1.0) and trace.proposal == "reasoner/prior" and trace.prompt_ids == prompt
+            if own and wants_trace:
+                result.trace[g][k] = trace.completion.logps
+            if not _wants_gold(phase):
+                if not own:
+                    where.append((g, k, len(trace.ids)))
+                    requests.append(ScoreRequest(prompt, trace.ids, Law("reasoner")))
+                continue
+            # the trace is a target only where its log-probabilities are still wanted: targets cost an LM-head row each
+            scored = 0 if own or not wants_trace else len(trace.ids)
+            behind = (*trace.ids, *prompts.cue_ids)
+            context, target = (prompt, (*behind, *y)) if scored else ((*prompt, *behind), y)
+            where.append((g, k, scored))
+            requests.append(ScoreRequest(context, target, Law("reasoner")))
+    for (g, k, scored), logps in zip(where, score(requests, "prior"), strict=True):
+        if scored:
+            result.trace[g][k] = logps[:scored]
+        if _wants_gold(phase):
+            result.answer[g][k] = logps[-len(prompts.answer_ids(groups[g].problem.answer)) :]
+    return result
 
 
 def _evidence(
@@ -213,7 +281,7 @@ def _trace_logps(
     width: int,
 ) -> Tensor:
     """log-probability of every trace under `law` behind `prompt`; [G, K]. A trace that this very law drew keeps
-    the sampler's own log-probabilities."""
+    the sampler's own log-probabilities; an incomplete one that it did not draw stays 0, its evidence being 0."""
     out = torch.zeros(len(groups), width)
     sampled_alike = (law.temperature, law.top_p) == (temperature, top_p)
     where, requests = [], []
@@ -222,7 +290,7 @@ def _trace_logps(
         for k, trace in enumerate(group.traces):
             if sampled_alike and trace.proposal == name and trace.prompt_ids == tuple(context):
                 out[g, k] = torch.tensor(trace.completion.logps, dtype=torch.float32).sum()
-            else:
+            elif trace.complete:
                 where.append((g, k))
                 requests.append(ScoreRequest(context, trace.ids, law))
     for (g, k), logps in zip(where, score(requests, name), strict=True):
@@ -285,5 +353,5 @@ def _chain(groups: Sequence[TraceGroup], width: int) -> Tensor:
     out = torch.zeros(len(groups), width, dtype=torch.bool)
     for g, group in enumerate(groups):
         for k, trace in enumerate(group.traces):
-            out[g, k] = trace.proposal == "chain"
+            out[g, k] = trace.proposal == CHAIN
     return out

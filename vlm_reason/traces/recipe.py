@@ -124,7 +124,7 @@ class Phase:
 
     trains   which adapters receive gradient.
     targets  what c_y multiplies: `gold` the reference answer (M = 1), `sampled` the M sampled answers, `none`.
-    needs    which scoring passes `weigh` reads: "logp_prior", "logq", "logp_answer", "logp_ref", "logp_empty".
+    needs    which scoring passes `weigh` reads: "logp_prior", "logq", "logp_answer", "logp_ref", "worst_token".
     windows  windows of problems this phase samples and trains on per round.
     kl       weight of KL(pi || pi_ref) on the trained tokens (estimator k3 of Schulman 2020), 0 = off.
     clip     half-width of the PPO ratio clip when a window is reused over several steps, None = off.

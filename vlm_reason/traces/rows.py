@@ -72,7 +72,24 @@ def group_rows(
         if "posterior" in phase.trains and coefficients.c_q is not None:
             weight = tuple(_per_token(coefficients.c_q, g, k, len(z)))
             rows.append(Row("posterior", prompts.hinted_ids(group.problem), z, weight))
-    return [row for row in rows if row.useful]
+    useful = [row for row in rows if row.useful]
+    return useful if phase.clip is not None or phase.kl else merged(useful)
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the same tokens become one with the summed coefficients: the same objective, being linear, at one forward.
+    Not for phases that clip or have a KL, which are not linear in the coefficients."""
+    together: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Row] = {}
+    for row in rows:
+        key = (row.adapter, row.context, row.target)
+        before = together.get(key)
+        summed = (
+            row.weight
+            if before is None
+            else tuple(a + b for a, b in zip(before.weight, row.weight, strict=True))
+        )
+        together[key] = Row(*key, summed)
+    return [row for row in together.values() if row.useful]
 
 
 def _answers(group: TraceGroup, k: int, phase: Phase, prompts: PromptBuilder) -> list[tuple[int, ...]]:

@@ -48,11 +48,15 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
     save_resolved(config, output_dir)
     checkpoint = latest_checkpoint(output_dir)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint)
+    if not trainer.out_of_tokens:  # killed between the last step and this summary
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     summary = {
         "output_dir": str(output_dir),
         "preset": config.preset,
         "steps": trainer.state.global_step,
+        "tokens_used": trainer.tokens_used,
         "resumed_from": checkpoint.name if checkpoint else None,
         "seconds": time.perf_counter() - started,
         **_phase_totals(output_dir / "metrics.jsonl"),
@@ -128,7 +132,8 @@ def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
 
     before, now = yaml.safe_load(written.read_text()), json.loads(json.dumps(to_dict(config)))
     before = json.loads(json.dumps(before))
-    different = sorted(key for key in now if before.get(key) != now[key])
+    later = {"sampling", "evaluation", "eval_task"}  # read by other commands; they may change after training
+    different = sorted(key for key in now if key not in later and before.get(key) != now[key])
     if different:
         key = different[0]
         raise UserError(

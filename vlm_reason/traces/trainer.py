@@ -49,7 +49,7 @@ from ..tasks.prompts import PromptBuilder
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
-from .checkpoint import load_trace_state, publish, save_trace_state, truncate_metrics
+from .checkpoint import TraceState, load_trace_state, publish, save_trace_state, truncate_metrics
 from .checks import check_run
 from .config import TraceConfig
 from .measure import EvidenceFunction
@@ -155,6 +155,7 @@ class TraceTrainer(Trainer):
         self.window: Window | None = None
         self._saving_to: Path | None = None
         self._loss_before = 0.0  # what the running loss held when the step began
+        self.tokens_used = 0
         self._row: dict[str, Any] = {}
         self._step_started = time.perf_counter()
 
@@ -305,7 +306,13 @@ class TraceTrainer(Trainer):
                 "seconds": time.perf_counter() - self._step_started,
                 **self._row,
             }
+            self.tokens_used += sum(
+                self._row[f"tokens/{kind}"] for kind in ("generated", "scored", "trained")
+            )
+            self._row["tokens_used"] = self.tokens_used
             self._append_row(self._row)
+            if self.out_of_tokens:
+                self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
         )
@@ -324,6 +331,10 @@ class TraceTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    @property
+    def out_of_tokens(self) -> bool:
+        return self.args.token_budget is not None and self.tokens_used >= self.args.token_budget
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
@@ -352,7 +363,8 @@ class TraceTrainer(Trainer):
         self._saving_to = staging
         try:
             super()._save_checkpoint(model, trial)
-            save_trace_state(staging / name, self.window, self.states, self.memory, self.identity())
+            state = TraceState(self.window, self.states, self.memory, self.tokens_used)
+            save_trace_state(staging / name, state, self.identity())
         finally:
             self._saving_to = None
         publish(staging / name, output_dir / name)
@@ -370,12 +382,19 @@ class TraceTrainer(Trainer):
             return
         save_adapters(self.adapted, output_dir or self.args.output_dir)
 
+    def load_checkpoint(self, checkpoint: str | Path) -> None:
+        """Weights and trace state of `checkpoint`, without training on. UserError when it is another run's."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = int(Path(checkpoint).name.rsplit("-", 1)[1])
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_adapters(self.adapted, resume_from_checkpoint)
-        self.window, self.states, self.memory = load_trace_state(resume_from_checkpoint, self.identity())
+        state = load_trace_state(resume_from_checkpoint, self.identity())
+        self.window, self.states, self.memory = state.window, state.presets, state.chains
+        self.tokens_used = state.tokens_used
         step = int(Path(resume_from_checkpoint).name.rsplit("-", 1)[1])
         truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", step)
 

@@ -23,7 +23,7 @@ from ..tasks.prompts import PromptBuilder
 from ..tasks.verifiers import Verifier
 from ..types import Coefficients, Completion, Problem, Trace, TraceGroup
 from .config import TraceConfig
-from .diagnostics import window_metrics
+from .diagnostics import generated_tokens, window_metrics
 from .measure import EvidenceFunction, Measured, adapter_name, measure, verify_answers
 from .recipe import Component, Phase, State
 from .replay import ChainMemory
@@ -72,8 +72,11 @@ class WindowMaker:
         started = time.perf_counter()
         label = f"{phase.name}" if self.show_progress else None
         groups = self._draw(phase, problems, visits, traces, policy_version, memory, sampling, label)
+        discarded: list[TraceGroup] = []
         if phase.null_group == "hint_retry":
-            groups = self._retry_with_hint(groups, phase, visits, policy_version, sampling, label)
+            first = groups
+            groups = self._retry_with_hint(first, phase, visits, policy_version, sampling, label)
+            discarded = [old for old, new in zip(first, groups, strict=True) if old is not new]
         sampled = time.perf_counter()
         measured = measure(
             groups,
@@ -92,6 +95,7 @@ class WindowMaker:
         _keep_chains(memory, groups, coefficients)
         rows, counts = self._rows(groups, phase, coefficients, training)
         metrics = window_metrics(groups, measured, coefficients, [bool(r) for r in rows])
+        metrics["tokens/generated"] = generated_tokens([*groups, *discarded])
         metrics["seconds/generate"] = sampled - started
         metrics["seconds/score"] = scored - sampled
         metrics["seconds/weigh"] = time.perf_counter() - scored

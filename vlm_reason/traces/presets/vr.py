@@ -14,6 +14,9 @@ Options
                | sqrt | zero
     min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains
                the answer without the hint
+    min_token  a trace with a token (of z or y*) that pi finds less likely than this log-probability, in nats, has evidence 0.
+               A leak penalty: behind a hint the model writes steps that end in the answer whether or not they follow; pi,
+               which has not seen the hint, finds the one token where they stop following
     wake       prior  phase 1 as above      same  q learns from phase 2's own weights      none  q is never trained
 
 With `ratio="none"` the coefficients are the gradient of the K-trace bound; any other ratio makes it biased
@@ -42,12 +45,16 @@ def weigh_posterior(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 
 def weigh_reasoner(
-    scores: Scores, state: State, *, ratio: Ratio, min_weight: float, both: bool
+    scores: Scores, state: State, *, ratio: Ratio, min_weight: float, min_token: float | None, both: bool
 ) -> tuple[Coefficients, State]:
-    stable = ratio(log_ratio(scores), scores.log_evidence, scores.length, scores.mask)
-    logw = (scores.log_evidence + stable).masked_fill(~scores.mask, -math.inf)
+    evidence = scores.log_evidence
+    if min_token is not None:
+        assert scores.worst_token is not None
+        evidence = evidence.masked_fill(scores.worst_token < min_token, -math.inf)
+    logw = evidence + ratio(log_ratio(scores), evidence, scores.length, scores.mask)
+    logw = logw.masked_fill(~scores.mask, -math.inf)
     if min_weight > 0:
-        exact = scores.log_evidence + log_ratio(scores)
+        exact = evidence + log_ratio(scores)
         too_small = log_mean_exp(exact.masked_fill(~scores.mask, -math.inf), scores.mask) < math.log(
             min_weight
         )
@@ -65,6 +72,7 @@ def recipe(
     clip_low: float = -math.inf,
     clip_high: float = 0.0,
     min_weight: float = 0.0,
+    min_token: float | None = None,
     evidence: EvidenceKind = "accuracy",
     samples: int = 8,
     wake: Literal["prior", "same", "none"] = "prior",
@@ -86,13 +94,16 @@ def recipe(
             weigh_reasoner,
             ratio=settings[ratio] if ratio in settings else ratio_named(ratio),
             min_weight=min_weight,
+            min_token=min_token,
             both=wake == "same",
         ),
         trains=("reasoner", "posterior") if wake == "same" else ("reasoner",),
         proposal=Proposal(parts),
         evidence=shared,
         targets=targets,
-        needs=frozenset({"logp_prior", "logq"}),
+        needs=frozenset(
+            {"logp_prior", "logq"} | ({"logp_answer", "worst_token"} if min_token is not None else set())
+        ),
         null_group=null_group,
     )
     posterior = Phase(
