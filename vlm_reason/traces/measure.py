@@ -142,8 +142,8 @@ def _wants_gold(phase: Phase) -> bool:
 
 @dataclass(frozen=True)
 class _PriorPass:
-    """Token log-probabilities of pi behind the prior prompt: of each trace and of the reference answer behind it, [g][k].
-    () where there was nothing to score: an incomplete trace has evidence 0, whatever pi says of it."""
+    """Token log-probabilities of pi behind the prior prompt, [g][k]: of each trace, and of the reference answer
+    behind it. () where there was nothing to score: an incomplete trace has evidence 0, whatever pi says of it."""
 
     trace: list[list[tuple[float, ...]]]
     answer: list[list[tuple[float, ...]]]
@@ -182,8 +182,8 @@ def _prior_pass(
     score: _Scorer,
     sampled: tuple[float, float],
 ) -> _PriorPass:
-    """One forward over [x | z | cue | y*] gives both factors. A trace that this law drew (temperature and top-p 1) keeps the
-    sampler's own log-probabilities; it is forwarded only for the answer behind it."""
+    """One forward over [x | z | cue | y*] gives both factors. A trace that this law drew (temperature and top-p 1)
+    keeps the sampler's own log-probabilities; it is forwarded only for the answer behind it."""
     wants_trace = bool(phase.needs & {"logp_prior", "worst_token"})
     result = _PriorPass([[() for _ in g.traces] for g in groups], [[() for _ in g.traces] for g in groups])
     if not wants_trace and not _wants_gold(phase):

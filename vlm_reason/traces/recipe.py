@@ -123,6 +123,7 @@ class Phase:
     """One kind of step: what it trains, on whose traces, weighed how.
 
     trains   which adapters receive gradient.
+    posterior  the adapter that c_q trains: `posterior`, or `reasoner` when one set of weights serves both prompts.
     targets  what c_y multiplies: `gold` the reference answer (M = 1), `sampled` the M sampled answers, `none`.
     needs    which scoring passes `weigh` reads: "logp_prior", "logq", "logp_answer", "logp_ref", "worst_token".
     windows  windows of problems this phase samples and trains on per round.
@@ -133,6 +134,7 @@ class Phase:
     name: str
     weigh: Weigh
     trains: tuple[Literal["reasoner", "posterior"], ...] = ("reasoner",)
+    posterior: Literal["reasoner", "posterior"] = "posterior"
     proposal: Proposal = PRIOR
     evidence: Evidence = field(default_factory=Evidence)
     targets: Literal["gold", "sampled", "none"] = "sampled"

@@ -69,15 +69,15 @@ def group_rows(
             rows.append(_joined("reasoner", prior, z, c_z, prompts.cue_ids, *head))
             behind = (*prior, *z, *prompts.cue_ids)
             rows.extend(Row("reasoner", behind, ids, (c,) * len(ids)) for ids, c in rest)
-        if "posterior" in phase.trains and coefficients.c_q is not None:
+        if phase.posterior in phase.trains and coefficients.c_q is not None:
             weight = tuple(_per_token(coefficients.c_q, g, k, len(z)))
-            rows.append(Row("posterior", prompts.hinted_ids(group.problem), z, weight))
+            rows.append(Row(phase.posterior, prompts.hinted_ids(group.problem), z, weight))
     useful = [row for row in rows if row.useful]
     return useful if phase.clip is not None or phase.kl else merged(useful)
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the same tokens become one with the summed coefficients: the same objective, being linear, at one forward.
+    """Rows of the same tokens become one with the summed coefficients: the same linear objective, at one forward.
     Not for phases that clip or have a KL, which are not linear in the coefficients."""
     together: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Row] = {}
     for row in rows:

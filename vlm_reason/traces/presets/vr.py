@@ -14,9 +14,9 @@ Options
                | sqrt | zero
     min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains
                the answer without the hint
-    min_token  a trace with a token (of z or y*) that pi finds less likely than this log-probability, in nats, has evidence 0.
-               A leak penalty: behind a hint the model writes steps that end in the answer whether or not they follow; pi,
-               which has not seen the hint, finds the one token where they stop following
+    min_token  a trace with a token (of z or y*) that pi finds less likely than this log-probability, in nats, has
+               evidence 0. A leak penalty: behind a hint the model writes steps that end in the answer whether or
+               not they follow; pi, which has not seen the hint, finds the one token where they stop following
     wake       prior  phase 1 as above      same  q learns from phase 2's own weights      none  q is never trained
 
 With `ratio="none"` the coefficients are the gradient of the K-trace bound; any other ratio makes it biased
@@ -35,7 +35,7 @@ from ...objectives import Ratio, ratio_named, self_normalised
 from ...objectives.groups import log_mean_exp
 from ...objectives.ratios import Clip, EssFloor
 from ...types import Coefficients, Scores
-from ..recipe import PRIOR, Adapter, Component, Evidence, EvidenceKind, Phase, Proposal, Recipe, State
+from ..recipe import PRIOR, Component, Evidence, EvidenceKind, Phase, Proposal, Recipe, State
 from ..weighing import log_ratio, no_signal, per_answer
 
 
@@ -80,9 +80,8 @@ def recipe(
 ) -> Recipe:
     """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for
     the clip)."""
-    adapter: Adapter = (
-        "reasoner" if "hinted" in (proposal, partner if proposal == "mixture" else proposal) else "posterior"
-    )
+    one_network = "hinted" in (proposal, partner if proposal == "mixture" else proposal)
+    adapter: Literal["reasoner", "posterior"] = "reasoner" if one_network else "posterior"
     guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
     parts = (Component("reasoner", "prior", share=prior_share), guide) if proposal == "mixture" else (guide,)
     settings: dict[str, Ratio] = {"ess_floor": EssFloor(ess_floor), "clip": Clip(clip_low, clip_high)}
@@ -97,7 +96,8 @@ def recipe(
             min_token=min_token,
             both=wake == "same",
         ),
-        trains=("reasoner", "posterior") if wake == "same" else ("reasoner",),
+        trains=("reasoner", "posterior") if wake == "same" and adapter == "posterior" else ("reasoner",),
+        posterior=adapter,
         proposal=Proposal(parts),
         evidence=shared,
         targets=targets,
@@ -109,7 +109,8 @@ def recipe(
     posterior = Phase(
         name="posterior",
         weigh=weigh_posterior,
-        trains=("posterior",),
+        trains=(adapter,),
+        posterior=adapter,
         proposal=PRIOR,
         evidence=shared,
         targets="none",
