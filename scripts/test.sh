@@ -14,6 +14,7 @@ PY=.venv/bin/python
 
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # spinning barriers cost several times the work on a busy machine
 export TOKENIZERS_PARALLELISM=false # the tests fork
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # nothing in the tests may depend on a hub
 

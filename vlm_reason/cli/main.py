@@ -36,6 +36,8 @@ vlm-reason COMMAND --help says more of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # OpenMP reads this when torch is imported. Its spinning barriers cost several times the work on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = build_parser()
     options = _parse(parser, arguments)
     command: Command = options.command
