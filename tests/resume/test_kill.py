@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -165,7 +164,7 @@ def test_killed_twice_and_interrupted_once_equals_untouched(write_config, tmp_pa
     # Ctrl-C
     status, errors = stop(config, folder, draw.randint(19, 21), signal.SIGINT, delay=draw.uniform(0, 0.05))
     assert status == 130
-    assert re.fullmatch(r"vlm-reason: interrupted; .*\n", errors)
+    assert errors.splitlines()[-1].startswith("vlm-reason: interrupted; ") and "Traceback" not in errors
     assert (newest_checkpoint(folder) / "trace_state.json").is_file()
 
     last = newest_checkpoint(folder).name
