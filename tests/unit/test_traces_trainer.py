@@ -195,6 +195,9 @@ def test_bad_data_and_recipes_are_refused_before_anything_starts(tiny_llama, tin
         attempt(recipe=build("rws"), adapter=None)
     with pytest.raises(UserError, match="leave none for the proposal component"):
         attempt(recipe=build("vr", {"proposal": "mixture"}), traces_per_prompt=1)
+    bare = [Problem("bare", "1+2", "3", metadata={"rationale": None}), *PROBLEMS]
+    with pytest.raises(UserError, match="null_group 'dataset' needs a rationale .* 'bare' has none"):
+        attempt(bare, build("rft", {"null_group": "dataset"}))
     with pytest.raises(UserError, match="unknown preset 'vrr'; did you mean 'vr'"):
         build("vrr")
     with pytest.raises(UserError, match="no option 'ratios'; did you mean 'ratio'"):
