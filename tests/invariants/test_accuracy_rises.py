@@ -227,10 +227,10 @@ def test_the_exact_probability_of_a_right_answer_rises(preset, request):
 
 
 def test_the_first_logged_accuracy_is_a_binomial_draw_of_the_exact_one(maxrl):
-    """`unhinted_accuracy` is among complete traces; a truncated trace has no answer and is wrong."""
+    """A truncated trace has no answer and is wrong."""
     row = maxrl.rows[0]
     assert row["traces"] == TRACES * len(PROBLEMS)
-    right = row["unhinted_accuracy"] * (1 - row["truncated"]) * row["traces"]
+    right = row["unhinted_accuracy"] * row["traces"]
     assert right == pytest.approx(round(right), abs=1e-9)
     interval = binomtest(round(right), row["traces"]).proportion_ci(0.95)
     assert interval.low <= float(maxrl.right[0].mean()) <= interval.high

@@ -24,7 +24,16 @@ def prompts(tiny_tokenizer) -> PromptBuilder:
 
 
 def measured(
-    log_evidence, *, logp_prior=None, logq=None, length=None, mask=None, chain=None, verdicts=None, known=True
+    log_evidence,
+    *,
+    logp_prior=None,
+    logq=None,
+    length=None,
+    mask=None,
+    chain=None,
+    verdicts=None,
+    known=True,
+    right=None,
 ):
     e = torch.tensor(log_evidence, dtype=torch.float32)
     g, k = e.shape
@@ -38,7 +47,7 @@ def measured(
         mask=torch.ones(g, k, dtype=torch.bool) if mask is None else torch.tensor(mask),
         chain=None if chain is None else torch.tensor(chain),
     )
-    return Measured(scores, verdicts or (((),) * k,) * g, 123, known)
+    return Measured(scores, verdicts or (((),) * k,) * g, 123, known, right)
 
 
 def two_by_two(prompts):
@@ -127,9 +136,9 @@ def test_accuracies_hinted_and_not(prompts):
     hinted = group(prompts, problem(1), [" c", " d"], proposal="reasoner/hinted")
     broken = Verdict(False, 0.0, None, failed=True)
     verdicts = (((RIGHT, WRONG), (WRONG, broken)), ((RIGHT,), ()))
-    m = measured([[0.0, 0.0]] * 2, verdicts=verdicts)
+    m = measured([[0.0, 0.0]] * 2, verdicts=verdicts, right=((0.5, 0.0), (1.0, 0.0)))
     found = metrics([free, hinted], m, Coefficients(c_z=torch.ones(2, 2)))
-    assert found["accuracy"] == pytest.approx(2 / 5)
+    assert found["accuracy"] == pytest.approx(1.5 / 4)
     assert found["unhinted_accuracy"] == pytest.approx(1 / 4)
     assert found["unverifiable"] == 1
 

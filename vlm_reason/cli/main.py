@@ -36,10 +36,13 @@ vlm-reason COMMAND --help says more of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return execute(parse(build_parser(), arguments))
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run the command in `options` and print its result; the exit status. Each failure that is not ours is one line."""
     # OpenMP reads this when torch is imported. Its spinning barriers cost several times the work on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = build_parser()
-    options = _parse(parser, arguments)
     command: Command = options.command
     if options.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which no command has done yet
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes `key=value` only where the first of them stands; we take them behind options too."""
     options, rest = parser.parse_known_args(arguments)
     for argument in rest:
@@ -93,22 +96,29 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("config", metavar="CONFIG", help="YAML file that describes the run")
-        sub.add_argument(
-            "overrides",
-            metavar="key=value",
-            nargs="*",
-            help="change a key of the file; dots enter sections (trainer.learning_rate=1e-4); values are YAML",
-        )
-        sub.add_argument(
-            "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
-        )
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        add_common_arguments(sub)
         command.add_arguments(sub)
         sub.set_defaults(command=command)
     return parser
 
 
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes beside CONFIG."""
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key of the file; dots enter sections (trainer.learning_rate=1e-4); values are YAML",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
 def _fail(message: str, status: int) -> int:
+    if status == 2 and os.environ.get("RANK", "0") != "0":
+        return status  # bad input is the same in every process of a launcher: the first one tells
     print(f"vlm-reason: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -27,10 +27,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> Result:
-    config = read_config(options)
-    from ..traces.run import run_training
+    config = read_config(options)  # refuses a kind that is not listed here
+    match config.kind:
+        case "trace":
+            from ..traces.run import run_training
 
-    return run_training(config, show_progress=not options.quiet)
+            return run_training(config, show_progress=not options.quiet)
 
 
 def _show(result: Result) -> None:

@@ -8,6 +8,7 @@ step, where vLLM's paged continuous batching wins.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -88,16 +89,36 @@ class HFEngine:
         results: dict[int, tuple[float, ...]] = {}
         with _bar(progress, len(requests)) as bar:
             for law, indices in _by_law([r.law for r in requests]):
-                lengths = [len(requests[i].context_ids) + len(requests[i].target_ids) for i in indices]
                 with self._serving(law):
+                    shared = self._shared_context([requests[i].context_ids for i in indices])
+                    skip = 0 if shared is None else shared.get_seq_length()
+                    lengths = [
+                        len(requests[i].context_ids) - skip + len(requests[i].target_ids) for i in indices
+                    ]
                     for chosen in microbatches(lengths, self.score_tokens):
                         batch = [requests[indices[j]] for j in chosen]
-                        pairs = [(r.context_ids, r.target_ids) for r in batch]
-                        logps = score_sequences(self.model, pairs, law.temperature, law.top_p)[0].tolist()
+                        pairs = [(r.context_ids[skip:], r.target_ids) for r in batch]
+                        past = copy.deepcopy(shared)
+                        if past is not None:
+                            select(past, [0] * len(batch), next(self.model.parameters()).device)
+                        logps = score_sequences(self.model, pairs, law.temperature, law.top_p, past)[
+                            0
+                        ].tolist()
                         for j, request, row in zip(chosen, batch, logps, strict=True):
                             results[indices[j]] = tuple(row[: len(request.target_ids)])
                         bar.update(len(chosen))
         return [results[i] for i in range(len(requests))]
+
+    def _shared_context(self, contexts: list[tuple[int, ...]]) -> Cache | None:
+        """The cache of what all contexts begin with (worked examples, usually), run once; None if that is not much."""
+        causal = unwrap(self.model)
+        cache = new_cache(causal.config)
+        length = _common_prefix(contexts) if len(contexts) > 1 and shares_prefixes(cache) else 0
+        if length < MIN_SHARED:
+            return None
+        device = next(causal.parameters()).device
+        _backbone(causal, torch.tensor([contexts[0][:length]], device=device), cache, None, None)
+        return cache
 
     @contextmanager
     def _serving(self, law: Law) -> Iterator[None]:

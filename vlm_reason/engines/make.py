@@ -16,8 +16,8 @@ from .hf import HFEngine
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """kind: `hf` samples with transformers in this process. batch_size: rows decoded together; score_tokens: padded tokens
-    scored together. Neither changes results."""
+    """kind: `hf` samples with transformers in this process. batch_size: rows decoded together; score_tokens: padded
+    tokens scored together. Neither changes results."""
 
     kind: Literal["hf"] = "hf"
     batch_size: int = 64

@@ -15,7 +15,13 @@ Stream = Literal["prior", "posterior", "answer", "dream", "eval", "order", "init
 
 
 def counter_seed(
-    run_seed: int, stream: Stream, policy_version: int, problem_id: str, visit: int = 0, k: int = 0, m: int = 0
+    run_seed: int,
+    stream: Stream,
+    policy_version: int,
+    problem_id: str,
+    visit: int = 0,
+    k: int = 0,
+    m: int = 0,
 ) -> int:
     """63-bit seed of one sample. Fields are length-prefixed by their separator, so ("a", 1) and ("a1",) differ."""
     text = "\x1f".join((str(run_seed), stream, str(policy_version), problem_id, str(visit), str(k), str(m)))

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..models.attention import folded_attention
 
@@ -31,13 +31,19 @@ R x V fp32 logits never exist together (4096 rows of a 152k vocabulary would be 
 
 
 def score_sequences(
-    model: nn.Module, sequences: Sequence[TokenPair], temperature: float = 1.0, top_p: float = 1.0
+    model: nn.Module,
+    sequences: Sequence[TokenPair],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    past: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token for N sequences, under the model's active adapter.
 
     Returns `logps` [N, T] fp32, nats, 0 where masked, and `mask` [N, T] bool; T = longest target. Differentiable
     when gradients are enabled. The batch is run as given: cut it with `microbatches` first. With `top_p` < 1 a target
     outside the nucleus has -inf. Temperature 0 means the untempered law (see `engines.base.Law`).
+
+    `past` holds what all sequences begin with, a row each; the contexts are then what follows it. It is used up.
 
     With gradient checkpointing, call `backward` inside the same `use_adapter` block: the recomputation uses whichever
     adapter is active then.
@@ -54,7 +60,11 @@ def score_sequences(
     input_ids, rows, targets = _pack(sequences, device)
     causal = unwrap(model)
     with folded_attention(causal):
-        hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [N, S, H]
+        behind = 0 if past is None else past.get_seq_length()
+    position = torch.arange(behind, behind + input_ids.shape[1], device=device).unsqueeze(0)
+    hidden = causal.get_decoder()(
+        input_ids=input_ids, position_ids=position, past_key_values=past, use_cache=past is not None
+    ).last_hidden_state  # [N, S, H]
     picked = hidden.flatten(0, 1).index_select(0, rows)  # [R, H]
     logp = head_logprobs(causal, picked, targets, temperature, top_p)  # [R]
     return torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_scatter(mask, logp), mask

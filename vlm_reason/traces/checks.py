@@ -11,6 +11,20 @@ from .recipe import Recipe
 from .window import deal
 
 
+def check_devices(args: TraceConfig) -> None:
+    """UserError for more than one process or more than one GPU: every process would sample and train on all problems,
+    and the one-process wrapper of several GPUs (`nn.DataParallel`) would take groups apart."""
+    if args.world_size > 1:
+        raise UserError(
+            f"training runs in one process, and {args.world_size} were launched: "
+            "start it without a launcher, or with --num_processes 1"
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"training runs on one GPU, and {args.n_gpu} are visible: choose one, as in CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_run(
     recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool
 ) -> None:

@@ -31,7 +31,8 @@ def window_metrics(
     weight_length_corr Pearson correlation of weight and trace length, pooled
     answer_copied      share of traces drawn behind a hint that state the reference answer without deriving it
     steps_right        share of complete traces whose written equations all hold, of those that have any
-    accuracy           share of right answers behind all traces
+    accuracy           share of right answers behind all traces (their probability, where the reference answer is
+                       scored and none is sampled); an incomplete trace is wrong
     unhinted_accuracy  the same behind traces of the prior alone
     """
     traces = [t for group in groups for t in group.traces]
@@ -48,10 +49,9 @@ def window_metrics(
     checked = [check_steps(t.completion.text) for t in traces if t.complete]
     checked = [c for c in checked if c.n_equations]
     right = [
-        (t.saw_answer or t.proposal == CHAIN, v.correct)
-        for g, group in enumerate(groups)
-        for k, t in enumerate(group.traces)
-        for v in measured.verdicts[g][k]
+        (t.saw_answer or t.proposal == CHAIN, value)
+        for group, values in zip(groups, measured.right or (), strict=False)
+        for t, value in zip(group.traces, values, strict=True)
     ]
     return {
         "bound": bound,
@@ -61,8 +61,8 @@ def window_metrics(
         "weight_length_corr": correlation,
         "answer_copied": _mean([answer_copied(t.completion.text, answer) for answer, t in hinted]),
         "steps_right": _mean([c.all_right for c in checked]),
-        "accuracy": _mean([ok for _, ok in right]),
-        "unhinted_accuracy": _mean([ok for excluded, ok in right if not excluded]),
+        "accuracy": _mean([value for _, value in right]),
+        "unhinted_accuracy": _mean([value for excluded, value in right if not excluded]),
         "truncated": _mean([not t.complete for t in traces]),
         "unverifiable": sum(v.failed for group in measured.verdicts for ks in group for v in ks),
         "trace_tokens": _mean([len(t.ids) for t in traces]),

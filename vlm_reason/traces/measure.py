@@ -6,6 +6,7 @@ a trace is then not forwarded twice. Everything else is one `engine.score` call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,12 +30,15 @@ class Measured:
     """Scores of a batch of groups with what the diagnostics read beside them.
 
     ratio_known: logp_prior - logq is log pi(z|x) - log r(z): both were measured, or every trace is a draw of pi.
+    right[g][k]: how right trace k is, the mean score of its sampled answers, or pi(y*|x,z) where the reference answer
+    was scored instead (the same in expectation, without the draw); 0 for an incomplete trace; absent where neither is.
     """
 
     scores: Scores
     verdicts: tuple[tuple[tuple[Verdict, ...], ...], ...]
     scored_tokens: int
     ratio_known: bool
+    right: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass
@@ -106,7 +110,22 @@ def measure(
     )
     measured_ratio = {"logp_prior", "logq"} <= phase.needs and bool(phase.proposal.components)
     ratio_known = measured_ratio or ((temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups))
-    return Measured(scores, verdicts, score.tokens, ratio_known)
+    return Measured(scores, verdicts, score.tokens, ratio_known, _right(groups, phase, verdicts, gold))
+
+
+def _right(
+    groups: Sequence[TraceGroup],
+    phase: Phase,
+    verdicts: Sequence[Sequence[Sequence[Verdict]]],
+    gold: Sequence[Sequence[tuple[float, ...]]],
+) -> tuple[tuple[float, ...], ...] | None:
+    if any(answers for traces in verdicts for answers in traces):
+        return tuple(
+            tuple(sum(v.score for v in a) / len(a) if a else 0.0 for a in traces) for traces in verdicts
+        )
+    if _wants_gold(phase):
+        return tuple(tuple(math.exp(sum(y)) if y else 0.0 for y in traces) for traces in gold)
+    return None
 
 
 def _all_from_prior(groups: Sequence[TraceGroup]) -> bool:

@@ -50,7 +50,7 @@ from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
 from .checkpoint import TraceState, load_trace_state, publish, save_trace_state, truncate_metrics
-from .checks import check_run
+from .checks import check_devices, check_run
 from .config import TraceConfig
 from .measure import EvidenceFunction
 from .order import Place, place_of, step_members, window_problems
@@ -92,8 +92,8 @@ class TraceTrainer(Trainer):
         optimizer_factory: (parameters, args) -> optimiser; default AdamW through `args.optim`.
         engine: what samples and scores; default an HFEngine over `model` with `engine_options`.
 
-    Raises UserError for an empty data set, duplicate ids, a recipe whose components would get no trace, or a
-    recipe that needs a posterior or reference where there is none.
+    Raises UserError for more than one process or GPU, an empty data set, duplicate ids, a recipe whose components
+    would get no trace, or a recipe that needs a posterior or reference where there is none.
     """
 
     args: TraceConfig
@@ -117,6 +117,7 @@ class TraceTrainer(Trainer):
         engine_options: Mapping[str, Any] | None = None,
         show_progress: bool = True,
     ) -> None:
+        check_devices(args)
         if isinstance(model, str):
             model, tokenizer = load_model(model, dtype=dtype)  # type: ignore[arg-type]  # it checks the name
         if tokenizer is None:
@@ -373,7 +374,7 @@ class TraceTrainer(Trainer):
 
     def _rotate(self, output_dir: Path) -> None:
         rotate_checkpoints(
-            output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=True
+            output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=False
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
