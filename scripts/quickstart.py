@@ -117,6 +117,7 @@ class Held:
         from vlm_reason.engines.base import Law
         from vlm_reason.evaluation import EvalConfig, answer_kind, draw
         from vlm_reason.ranking import candidates_from_records, rank
+        from vlm_reason.ranking.scores import score_matrices
         from vlm_reason.store import Provenance
         from vlm_reason.tasks.answers import canonical
 
@@ -176,7 +177,7 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
 
     started = time.perf_counter()
     stages = Stages(output / "stages")
-    main = _config("quickstart.yaml", output / "vr", overrides)
+    main = config_of("quickstart.yaml", output / "vr", overrides)
     base_shots = main.sampling["base_shots"]
 
     def judged(
@@ -194,7 +195,7 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
     results["vr"] = judged("vr", main, trained=True, shots=main.shots, ranked=True)
     budget = runs["vr"]["tokens_used"]
     for name, recipe in CONTROLS.items():
-        config = _config(recipe, output / name, [*overrides, f"trainer.token_budget={budget}"])
+        config = config_of(recipe, output / name, [*overrides, f"trainer.token_budget={budget}"])
         runs[name] = stages.run(f"train_{name}", to_dict(config), lambda config=config: run_training(config))
         results[name] = judged(name, config, trained=True, shots=config.shots)
 
@@ -240,7 +241,7 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
     return summary
 
 
-def _config(name: str, output: Path, overrides: list[str]) -> RunConfig:
+def config_of(name: str, output: Path, overrides: list[str]) -> RunConfig:
     return from_dict(RunConfig, load_config(RECIPES / name, [*overrides, f"output_dir={output}"]))
 
 

@@ -1,0 +1,163 @@
+"""Which axes of variational reasoning matter on the quickstart task? Each row: train, then greedy accuracy, held out.
+
+    python evals/quickstart_ablation.py --seeds 0 1 --only vr rft
+
+All rows spend the tokens (generated + scored + trained) that `vr` with the first seed spent, on the same problems
+and the same held-out set; only the named options differ. Finished rows are read back, so rows can be added one at a
+time. Writes evals/results/quickstart_ablation.json after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import quickstart
+
+from vlm_reason.atomic import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS: dict[str, tuple[str, list[str], str]] = {
+    "vr": (
+        "quickstart.yaml",
+        [],
+        "prior + hinted mixture, ratio clipped at 1, least-likely-token gate, wake",
+    ),
+    "rft": ("quickstart_rft.yaml", [], "no hints: rejection sampling from the current model"),
+    "vr_no_gate": ("quickstart.yaml", ["options.min_token=null"], "without the gate"),
+    "vr_full_ratio": (
+        "quickstart.yaml",
+        ["options.min_token=null", "options.ratio=none", "options.min_weight=0.02"],
+        "the unbiased importance weight alone, groups below 0.02 left out",
+    ),
+    "vr_gate_full_ratio": ("quickstart.yaml", ["options.ratio=none"], "gate and the full ratio"),
+    "vr_per_token": (
+        "quickstart.yaml",
+        ["options.min_token=null", "options.ratio=per_token", "options.proposal=hinted"],
+        "hinted traces only, length-normalised ratio (the paper's)",
+    ),
+    "vr_no_wake": ("quickstart.yaml", ["options.wake=none"], "the hinted prompt is never trained"),
+    "vr_posterior": ("quickstart.yaml", ["options.partner=posterior"], "a separate posterior adapter"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    arguments = parser.parse_args()
+    stages = quickstart.Stages(arguments.output / "stages")
+    budget = _train(stages, arguments.output, "vr", arguments.seeds[0], None)["tokens_used"]
+    shots = quickstart.config_of("quickstart.yaml", arguments.output, []).sampling["base_shots"]
+    base = _evaluate(stages, arguments.output, "base", 0, shots)
+    rows = [{"name": "base", "what": f"{shots} worked examples in the prompt", **_row(base)}]
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            first = name == "vr" and seed == arguments.seeds[0]
+            trained = _train(stages, arguments.output, name, seed, None if first else budget)
+            result = _evaluate(stages, arguments.output, name, seed, 0)
+            rows.append(
+                {
+                    "name": name,
+                    "what": VARIANTS[name][2],
+                    "seed": seed,
+                    "tokens_used": trained["tokens_used"],
+                    **_row(result),
+                    "minus_base": _difference(result, base),
+                    "minus_rft": _against(stages, arguments.output, "rft", seed, result),
+                }
+            )
+            _write(rows, arguments.output)
+    return 0
+
+
+def _config(output: Path, name: str, seed: int, budget: int | None) -> Any:
+    recipe, options, _ = VARIANTS["vr" if name == "base" else name]
+    spent = [] if budget is None else [f"trainer.token_budget={budget}", "trainer.rounds=12"]
+    return quickstart.config_of(recipe, output / f"{name}_{seed}", [*options, f"seed={seed}", *spent])
+
+
+def _train(stages: Any, output: Path, name: str, seed: int, budget: int | None) -> dict[str, Any]:
+    from vlm_reason.config import to_dict
+    from vlm_reason.traces.run import run_training
+
+    config = _config(output, name, seed, budget)
+    return stages.run(f"train_{name}_{seed}", to_dict(config), lambda: run_training(config))
+
+
+def _evaluate(stages: Any, output: Path, name: str, seed: int, shots: int) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        config = _config(output, name, seed, None)
+        adapters = None if name == "base" else Path(config.output_dir) / "adapters"
+        return quickstart.Held(config, adapters, shots).accuracy(f"{name} {seed}")
+
+    return stages.run(f"eval_{name}_{seed}", [name, seed, shots], work)
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "value": result["accuracy"]["value"],
+        "interval": result["accuracy"]["ci"],
+        "problems": result["problems"],
+        "unparsed": result["unparsed"]["value"],
+        "truncated": result["truncated"]["value"],
+        "trace_tokens": result["trace_length"]["value"],
+    }
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    from vlm_reason.stats import paired_difference
+
+    paired = paired_difference(a["per_problem"], b["per_problem"])
+    return {
+        "value": paired.value,
+        "interval": list(paired.ci),
+        "p": paired.p,
+        "wins": paired.wins,
+        "losses": paired.losses,
+    }
+
+
+def _against(
+    stages: Any, output: Path, other: str, seed: int, result: dict[str, Any]
+) -> dict[str, Any] | None:
+    path = stages.folder / f"eval_{other}_{seed}.json"
+    return _difference(result, json.loads(path.read_text())["result"]) if path.is_file() else None
+
+
+def _write(rows: list[dict[str, Any]], output: Path) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    body = {
+        "schema": 1,
+        "suite": "quickstart_ablation",
+        "metric": "accuracy, greedy, held out; 95% intervals, differences paired on problems",
+        "config": {name: {"recipe": f, "overrides": o} for name, (f, o, _) in VARIANTS.items()},
+        "commit": commit.stdout.strip() or None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+    for path in (
+        output / "quickstart_ablation.json",
+        ROOT / "evals" / "results" / "quickstart_ablation.json",
+    ):
+        write_atomically(path, json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
