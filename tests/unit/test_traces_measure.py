@@ -98,6 +98,29 @@ def test_three_laws_are_kept_apart(engine, prompts):
     assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 0.05
 
 
+def test_the_least_likely_token_is_over_trace_and_answer(engine, prompts):
+    """Of complete traces; an incomplete one has -inf, and a phase that does not ask gets nothing."""
+    groups = draw(engine, prompts, MIXED_PLAN)
+    first = groups[0].traces[0]
+    cut = replace(first, completion=replace(first.completion, finish="length"))
+    groups[0] = replace(groups[0], traces=(cut, *groups[0].traces[1:]))
+    asked = phase(PRIOR_HINTED, Evidence("logp"), "gold", needs=BOTH | {"worst_token"})
+    worst = measure(groups, asked, engine, prompts, None).scores.worst_token
+    assert worst is not None and float(worst[0, 0]) == -math.inf
+    for g, made in enumerate(groups):
+        x, y = prompts.prior_ids(made.problem), prompts.answer_ids(made.problem.answer)
+        for k, trace in enumerate(made.traces):
+            if trace.complete:
+                behind = (*trace.ids, *prompts.cue_ids)
+                requests = [
+                    ScoreRequest(x, trace.ids, Law("reasoner")),
+                    ScoreRequest((*x, *behind), y, Law("reasoner")),
+                ]
+                tokens = [t for logps in engine.inner.score(requests) for t in logps]
+                assert float(worst[g, k]) == pytest.approx(min(tokens), abs=1e-3)
+    assert measure(groups, phase(PRIOR_HINTED), engine, prompts, None).scores.worst_token is None
+
+
 # ---- reuse of the sampler's numbers ----------------------------------------------------------------------------
 
 

@@ -107,6 +107,7 @@ def measure(
         logp_ref=logp_ref,
         chain=_chain(groups, width) if phase.proposal.chain else None,
         logp_empty=empty,
+        worst_token=prior.worst(width) if "worst_token" in phase.needs else None,
     )
     measured_ratio = {"logp_prior", "logq"} <= phase.needs and bool(phase.proposal.components)
     ratio_known = measured_ratio or ((temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups))
