@@ -438,6 +438,31 @@ def test_vr_min_weight_drops_groups_whose_answer_the_model_cannot_explain():
     assert 0.05 < update.null_rate < 0.95  # the floor bites here, and not everywhere
 
 
+def test_vr_least_likely_token_gate_takes_the_evidence_of_a_trace_the_model_would_not_write():
+    world = small_world()
+    q = world.logq(0).detach()
+    tokens = world.token_logps_prior().detach()
+    worst = torch.minimum(tokens.amin(1), world.logp_answers().detach()[:, GOLD])
+    gate = float(worst.median())
+    gap = (world.logp_prior() - q).detach()
+
+    def weights(z: Tensor, share: Tensor) -> Tensor:
+        return normalised(share * gap[z].exp() * (worst[z] >= gate))
+
+    phase = phase_of("vr", 1, ratio="none", min_token=gate)
+
+    def gated(scores: Scores, state):
+        by_logp = {
+            round(float(p), 12): float(w) for p, w in zip(world.logp_prior().detach(), worst, strict=True)
+        }
+        found = scores.logp_prior.clone().apply_(lambda p: by_logp[round(p, 12)])
+        return phase.weigh(replace(scores, worst_token=found), state)
+
+    update = world.expected_update(gated, q, RIGHT, 2, evidence="accuracy", targets="sampled")
+    assert update.distance(world.gradient(loop_update(world, [q, q], weights, samples=1))) < TIGHT
+    assert 0.05 < update.null_rate < 0.95
+
+
 def test_vr_same_wake_trains_the_posterior_on_the_reasoners_weights(world):
     q = world.logq(GOLD).detach()
     phase = phase_of("vr", 0, ratio="none", evidence="logp", wake="same")

@@ -63,6 +63,12 @@ def weigh_reasoner(
     return Coefficients(c_z=c, c_q=c if both else None, c_y=per_answer(c, scores), null=no_signal(c)), state
 
 
+def _needs(ratio: str, min_weight: float, min_token: float | None) -> frozenset[str]:
+    """Without a ratio, neither density is asked for: that saves a scoring pass per component of the proposal."""
+    densities = {"logp_prior", "logq"} if ratio != "zero" or min_weight > 0 else set()
+    return frozenset(densities | ({"logp_answer", "worst_token"} if min_token is not None else set()))
+
+
 def recipe(
     proposal: Literal["posterior", "hinted", "mixture"] = "posterior",
     partner: Literal["posterior", "hinted"] = "posterior",
@@ -101,9 +107,7 @@ def recipe(
         proposal=Proposal(parts),
         evidence=shared,
         targets=targets,
-        needs=frozenset(
-            {"logp_prior", "logq"} | ({"logp_answer", "worst_token"} if min_token is not None else set())
-        ),
+        needs=_needs(ratio, min_weight, min_token),
         null_group=null_group,
     )
     posterior = Phase(
