@@ -130,7 +130,8 @@ def test_a_half_written_checkpoint_is_never_picked_up(tiny_llama, tiny_tokenizer
     monkeypatch.setattr(module, "save_trace_state", dies_the_second_time)
     with pytest.raises(OSError, match="No space left"):
         t.train()
-    assert (tmp_path / ".saving-4").is_dir() and not (tmp_path / "checkpoint-4").exists()
+    assert not list(tmp_path.glob(".saving-*")) and not (tmp_path / "checkpoint-4").exists()
+    (tmp_path / ".saving-4" / "checkpoint-4").mkdir(parents=True)  # what a kill would have left
     found = latest_checkpoint(tmp_path)
     assert found is not None and found.name == "checkpoint-2" and (found / STATE_FILE).is_file()
     assert not (tmp_path / ".saving-4").exists()  # swept

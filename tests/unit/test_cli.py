@@ -133,6 +133,12 @@ def test_json_is_alone_on_stdout_whatever_libraries_print(recipe: Path, monkeypa
             1,
             "the disk is full; free some space",
         ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 64"),
+            1,
+            "the disk is full; free some space",
+        ),
+        (OSError(errno.EFBIG, "File too large"), 1, "a file is larger than the file system or the limit"),
         (PermissionError(errno.EACCES, "Permission denied", "x/y"), 1, "Permission denied: x/y"),
         (UserError("two\nlines"), 2, "two lines"),
     ],

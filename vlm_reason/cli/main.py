@@ -128,13 +128,26 @@ def _machine_failure(error: BaseException) -> str | None:
     traceback)."""
     chain: BaseException | None = error
     while chain is not None:
-        full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(chain):  # some writers re-raise without the number
+        failure = _write_failure(chain)
+        if failure is not None:
+            problem, remedy = failure
             place = getattr(chain, "filename", None)
-            return f"the disk is full{f' ({place})' if place else ''}; free some space and run the same command again"
+            return f"{problem}{f' ({place})' if place else ''}; {remedy} and run the same command again"
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    return None
+
+
+def _write_failure(error: BaseException) -> tuple[str, str] | None:
+    """What kept a file from being written whole, and the remedy. Some writers re-raise without the number, and
+    torch's says only that its bytes did not add up."""
+    number, text = getattr(error, "errno", None), str(error)
+    short = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in short):
+        return "the disk is full", "free some space"
+    if number == errno.EFBIG or "File too large" in text:
+        return "a file is larger than the file system or the limit (ulimit -f) allows", "raise it"
     return None
 
 

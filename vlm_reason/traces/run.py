@@ -25,7 +25,7 @@ from ..scoring.logprobs import unwrap
 from ..tasks.sources import TaskSpec, load_problems
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
-from .checkpoint import latest_checkpoint
+from .checkpoint import latest_checkpoint, truncate_metrics
 from .config import TraceConfig
 from .presets import build
 from .trainer import TraceTrainer
@@ -50,6 +50,8 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
     started = time.perf_counter()
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
+    else:  # stopped before the first checkpoint: its rows come again
+        truncate_metrics(output_dir / "metrics.jsonl", 0)
     if not trainer.out_of_tokens:  # killed between the last step and this summary
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     summary = {
@@ -145,18 +147,19 @@ def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
 def _save_result(trainer: TraceTrainer, output_dir: Path) -> None:
     """adapters/ (or model/) appears whole or not at all."""
     name = "adapters" if trainer.adapter is not None else "model"
-    staging = output_dir / f".{name}"
-    if staging.exists():
-        shutil.rmtree(staging)
-    if trainer.adapter is not None:
-        save_adapters(trainer.adapted, staging)
-    else:
-        unwrap(trainer.model).save_pretrained(staging)
-        trainer.tokenizer.save_pretrained(staging)
-    final = output_dir / name
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
+    staging, final = output_dir / f".{name}", output_dir / name
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        if trainer.adapter is not None:
+            save_adapters(trainer.adapted, staging)
+        else:
+            unwrap(trainer.model).save_pretrained(staging)
+            trainer.tokenizer.save_pretrained(staging)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _phase_totals(metrics: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ traces by default, either of which silently changes a multi-trace bound.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -357,7 +358,8 @@ class TraceTrainer(Trainer):
         return str(self._saving_to or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """As transformers does it, into a folder that gets its name when it is whole."""
+        """As transformers does it, into a folder that gets its name when it is whole. An error (a full disk) takes the
+        folder away again: it would be of no use, and it holds the space that is missing."""
         name = f"checkpoint-{self.state.global_step}"
         output_dir = Path(self.args.output_dir)
         staging = output_dir / f".saving-{self.state.global_step}"
@@ -366,10 +368,10 @@ class TraceTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             state = TraceState(self.window, self.states, self.memory, self.tokens_used)
             save_trace_state(staging / name, state, self.identity())
+            publish(staging / name, output_dir / name)
         finally:
             self._saving_to = None
-        publish(staging / name, output_dir / name)
-        staging.rmdir()
+            shutil.rmtree(staging, ignore_errors=True)
         self._rotate(output_dir)
 
     def _rotate(self, output_dir: Path) -> None:
