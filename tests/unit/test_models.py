@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from vlm_reason.errors import UserError
-from vlm_reason.models import builtin, load
+from vlm_reason.models import builtin
 from vlm_reason.models.adapters import (
     POSTERIOR,
     REASONER,
@@ -218,16 +218,6 @@ def test_hub_out_of_reach_names_the_alias() -> None:
     ) as raised:
         load_model("somebody/some-model")
     assert "\n" not in str(raised.value)
-
-
-def test_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise load.urllib.error.URLError("unreachable")
-
-    monkeypatch.setattr(load.urllib.request, "urlopen", refuse)
-    assert load._hub_answers() is False
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat.hub import hub_answers
 from ..errors import UserError, nearest
 from .builtin import BUILTINS, ensure_builtin
 
@@ -36,7 +33,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
     source = _resolve(name_or_path)
-    local = Path(source).is_dir() or not _hub_answers()
+    local = Path(source).is_dir() or not hub_answers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -111,24 +108,6 @@ def _resolve(name_or_path: str | Path) -> str:
     if "/" not in name and (close := difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.8)):
         raise UserError(f"no model {name!r}; did you mean the built-in {close[0]!r}?")
     return name
-
-
-def _hub_answers() -> bool:
-    """One request without retries. Loading from an unreachable hub would retry for most of a minute before it looked
-    at the files it already has."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except urllib.error.URLError as error:
-        return isinstance(
-            error.reason, ssl.SSLError
-        )  # it is there; the hub client has certificates of its own
-    except OSError:
-        return False
-    return True
 
 
 def _as_user_error(error: Exception, name_or_path: str | Path) -> UserError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from ..compat.hub import hub_answers, hub_offline
 from ..errors import UserError, nearest
 from ..types import Problem
 from .gym import load_gym
@@ -189,7 +190,8 @@ def _hub_rows(spec: TaskSpec) -> Iterator[tuple[str, Row]]:
     config = spec.options.get("config")
     named = f"data set {spec.name!r} (split {spec.split!r}{f', config {config!r}' if config else ''})"
     try:
-        rows: Iterable[Row] = datasets.load_dataset(spec.name, config, split=spec.split)
+        with hub_offline(not hub_answers()):
+            rows: Iterable[Row] = datasets.load_dataset(spec.name, config, split=spec.split)
     except ValueError as error:
         # `datasets` reports an unknown split or a missing config name as ValueError, listing what exists.
         raise UserError(f"{named}: {_one_line(error)}") from error
