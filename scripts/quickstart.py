@@ -5,7 +5,8 @@
 
 1. The base model at its best prompt (worked examples) on held-out problems.
 2. `vr`: variational reasoning. Traces drawn with and without a hint, weighted by how well they explain the answer.
-3. Two controls at the tokens that `vr` used: `rft` (rejection sampling, no hints) and `sft` (answers, no traces).
+3. Two controls: `rft` (rejection sampling, no hints) at the tokens that `vr` used, and `sft` (answers, no traces) on the
+   problems that `vr` saw, as often.
 4. Every model on the same held-out problems, greedy, with paired differences; the bound on log p(y*|x) before and
    after; and rationales ranked by the answer they support.
 
@@ -192,10 +193,11 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
 
     results = {"base": judged("base", main, trained=False, shots=base_shots)}
     runs = {"vr": stages.run("train_vr", to_dict(main), lambda: run_training(main))}
-    results["vr"] = judged("vr", main, trained=True, shots=main.shots, ranked=True)
+    results["vr"] = judged("vr", main, trained=True, shots=main.shots, parts="bound ranking")
     budget = runs["vr"]["tokens_used"]
     for name, recipe in CONTROLS.items():
-        config = config_of(recipe, output / name, [*overrides, f"trainer.token_budget={budget}"])
+        spent = [f"trainer.token_budget={budget}"] if name == "rft" else []
+        config = config_of(recipe, output / name, [*overrides, *spent])
         runs[name] = stages.run(f"train_{name}", to_dict(config), lambda config=config: run_training(config))
         results[name] = judged(name, config, trained=True, shots=config.shots)
 
@@ -250,8 +252,8 @@ def _rate(totals: dict[str, float], tokens: str, seconds: str) -> float | None:
 
 
 def _short(result: dict[str, Any], shots: int) -> dict[str, Any]:
-    evaluated, bound = result["eval"], result["bound"]
-    return {
+    evaluated = result["eval"]
+    short = {
         "accuracy": evaluated["accuracy"]["value"],
         "ci": evaluated["accuracy"]["ci"],
         "problems": evaluated["problems"],
@@ -259,12 +261,16 @@ def _short(result: dict[str, Any], shots: int) -> dict[str, Any]:
         "unparsed": evaluated["unparsed"]["value"],
         "truncated": evaluated["truncated"]["value"],
         "trace_tokens": evaluated["trace_length"]["value"],
-        "bound": bound["iwae"]["value"],
-        "bound_ci": bound["iwae"]["ci"],
-        "logp_traced": bound["logp_traced"]["value"],
-        "logp_empty": bound["logp_empty"]["value"],
         "eval_tokens_per_second": evaluated["tokens_per_second"],
     }
+    if bound := result.get("bound"):
+        short |= {
+            "bound": bound["iwae"]["value"],
+            "bound_ci": bound["iwae"]["ci"],
+            "logp_traced": bound["logp_traced"]["value"],
+            "logp_empty": bound["logp_empty"]["value"],
+        }
+    return short
 
 
 def _difference(paired: Any) -> dict[str, Any]:
@@ -326,9 +332,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
             f"{row['unparsed']:.3f}",
             f"{row['truncated']:.3f}",
             f"{row['trace_tokens']:.1f}",
-            f"{row['bound']:.2f}",
-            f"{row['logp_traced']:.2f}",
-            f"{row['logp_empty']:.2f}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("bound", "logp_traced", "logp_empty")),
         )
     out.print(table)
     for name, control in summary["controls"].items():
