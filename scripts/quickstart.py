@@ -5,7 +5,7 @@
 
 1. The base model at its best prompt (worked examples) on held-out problems.
 2. `vr`: variational reasoning. Traces drawn with and without a hint, weighted by how well they explain the answer.
-3. Two controls: `rft` (rejection sampling, no hints) at the tokens that `vr` used, and `sft` (answers, no traces) on the
+3. Two controls: `rft` (rejection sampling, no hints) at the tokens `vr` used, and `sft` (answers, no traces) on the
    problems that `vr` saw, as often.
 4. Every model on the same held-out problems, greedy, with paired differences; the bound on log p(y*|x) before and
    after; and rationales ranked by the answer they support.
