@@ -82,6 +82,7 @@ def test_it_trains_at_toy_size(path: Path, tmp_path: Path, toy_model: Path) -> N
         "rounds": 1,
         "prompts_per_window": 2,
         "prompts_per_step": 1,
+        "window_epochs": 1,
         "max_trace_tokens": 6,
         "max_answer_tokens": 2,
     }

@@ -207,17 +207,22 @@ def test_bad_data_and_recipes_are_refused_before_anything_starts(tiny_llama, tin
     assert not any(tmp_path.iterdir())
 
 
-def test_a_preset_of_given_traces_says_which_problem_has_none(tiny_llama, tiny_tokenizer, tmp_path):
-    bare = [Problem("bare", "1+2", "3"), *PROBLEMS]
-    trainer = TraceTrainer(
-        tiny_llama,
-        TraceConfig(output_dir=str(tmp_path), prompts_per_window=9, prompts_per_step=3, use_cpu=True),
-        build("sft"),
-        bare,
-        template=TEMPLATE,
-        tokenizer=tiny_tokenizer,
-        adapter=AdapterConfig(r=2),
-        show_progress=False,
+@pytest.mark.parametrize(
+    ("preset", "bad", "message"),
+    [
+        ("sft", Problem("bare", "1+2", "3"), "'bare' has no trace to learn from"),
+        ("jepo", Problem("grid", "1+2", "3\n4"), "the answer '3.+4' holds answer_end"),
+        ("rloo", Problem("picture", "1+2", "3", images=("x.png",)), "'picture' has images"),
+    ],
+)
+def test_a_problem_that_cannot_be_written_is_found_before_the_run(
+    tiny_llama, tiny_tokenizer, tmp_path, preset, bad, message
+):
+    args = TraceConfig(
+        output_dir=str(tmp_path / "run"), prompts_per_window=4, prompts_per_step=2, use_cpu=True
     )
-    with pytest.raises(UserError, match="'bare' has no trace to learn from"):
-        trainer.train()
+    with pytest.raises(UserError, match=message):
+        TraceTrainer(
+            tiny_llama, args, build(preset), [*PROBLEMS, bad], template=TEMPLATE, tokenizer=tiny_tokenizer
+        )
+    assert not (tmp_path / "run").exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UserError
+from ..tasks.prompts import PromptBuilder
 from ..types import Problem
 from .config import TraceConfig
+from .measure import wants_gold
 from .recipe import Recipe
-from .window import deal
+from .window import deal, given_traces
 
 
 def check_devices(args: TraceConfig) -> None:
@@ -61,3 +63,16 @@ def check_run(
         raise UserError(
             f"recipe {recipe.name!r} resets to the base, which full weights no longer have: use adapters"
         )
+
+
+def check_prompts(recipe: Recipe, problems: Sequence[Problem], prompts: PromptBuilder) -> None:
+    """UserError for the first problem that cannot be written as the recipe needs it, before its turn comes."""
+    gold = any(phase.targets == "gold" or wants_gold(phase) for phase in recipe.phases)
+    given = any(phase.proposal.dataset for phase in recipe.phases)
+    for problem in problems:
+        prompts.prior_ids(problem)
+        if gold:
+            prompts.answer_ids(problem.answer)
+        if given:
+            for text in given_traces(problem):
+                prompts.trace_ids(text)

@@ -124,7 +124,7 @@ def _right(
         return tuple(
             tuple(sum(v.score for v in a) / len(a) if a else 0.0 for a in traces) for traces in verdicts
         )
-    if _wants_gold(phase):
+    if wants_gold(phase):
         return tuple(tuple(math.exp(sum(y)) if y else 0.0 for y in traces) for traces in gold)
     return None
 
@@ -155,7 +155,8 @@ def verify_answers(
     )
 
 
-def _wants_gold(phase: Phase) -> bool:
+def wants_gold(phase: Phase) -> bool:
+    """Whether the reference answer is scored behind the traces."""
     kinds = ("logp", "mean_logp", "mean_p", "minus_no_trace", "perplexity_rank")
     return phase.evidence.kind in kinds or "logp_answer" in phase.needs
 
@@ -206,7 +207,7 @@ def _prior_pass(
     keeps the sampler's own log-probabilities; it is forwarded only for the answer behind it."""
     wants_trace = bool(phase.needs & {"logp_prior", "worst_token"})
     result = _PriorPass([[() for _ in g.traces] for g in groups], [[() for _ in g.traces] for g in groups])
-    if not wants_trace and not _wants_gold(phase):
+    if not wants_trace and not wants_gold(phase):
         return result
     where: list[tuple[int, int, int]] = []
     requests: list[ScoreRequest] = []
@@ -218,7 +219,7 @@ def _prior_pass(
             own = sampled == (1.0, 1.0) and trace.proposal == "reasoner/prior" and trace.prompt_ids == prompt
             if own and wants_trace:
                 result.trace[g][k] = trace.completion.logps
-            if not _wants_gold(phase):
+            if not wants_gold(phase):
                 if not own:
                     where.append((g, k, len(trace.ids)))
                     requests.append(ScoreRequest(prompt, trace.ids, Law("reasoner")))
@@ -232,7 +233,7 @@ def _prior_pass(
     for (g, k, scored), logps in zip(where, score(requests, "prior"), strict=True):
         if scored:
             result.trace[g][k] = logps[:scored]
-        if _wants_gold(phase):
+        if wants_gold(phase):
             result.answer[g][k] = logps[-len(prompts.answer_ids(groups[g].problem.answer)) :]
     return result
 

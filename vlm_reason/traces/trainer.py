@@ -51,7 +51,7 @@ from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
 from .checkpoint import TraceState, load_trace_state, publish, save_trace_state, truncate_metrics
-from .checks import check_devices, check_run
+from .checks import check_devices, check_prompts, check_run
 from .config import TraceConfig
 from .measure import EvidenceFunction
 from .order import Place, place_of, step_members, window_problems
@@ -93,8 +93,9 @@ class TraceTrainer(Trainer):
         optimizer_factory: (parameters, args) -> optimiser; default AdamW through `args.optim`.
         engine: what samples and scores; default an HFEngine over `model` with `engine_options`.
 
-    Raises UserError for more than one process or GPU, an empty data set, duplicate ids, a recipe whose components
-    would get no trace, or a recipe that needs a posterior or reference where there is none.
+    Raises UserError for more than one process or GPU, an empty data set, duplicate ids, a problem that the template
+    cannot write, a recipe whose components would get no trace, or one that needs a posterior or reference where there
+    is none.
     """
 
     args: TraceConfig
@@ -133,6 +134,13 @@ class TraceTrainer(Trainer):
         if adapter is None:
             trainable(trained, ["reasoner"])
         self.adapters = ("reasoner", "posterior") if adapter is not None else ("reasoner",)
+        # what can be refused is made before transformers makes the output folder
+        chosen = template if isinstance(template, Template) else template_named(template)
+        self.training_prompts = PromptBuilder(tokenizer, chosen, shots=args.shots)
+        self.warmup_prompts = PromptBuilder(tokenizer, chosen, shots=args.proposal_shots)
+        check_prompts(recipe, self.problems, self.training_prompts)
+        self.engine = engine if engine is not None else make_engine(trained, tokenizer, engine_options or {})
+        self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self._optimizer_factory = optimizer_factory
         args.max_steps = args.total_steps(recipe)
         super().__init__(
@@ -144,13 +152,6 @@ class TraceTrainer(Trainer):
         if show_progress:
             self.add_callback(StepProgress(lambda: self._row))
         self.tokenizer = tokenizer
-        chosen = template if isinstance(template, Template) else template_named(template)
-        self.training_prompts = PromptBuilder(tokenizer, chosen, shots=args.shots)
-        self.warmup_prompts = PromptBuilder(tokenizer, chosen, shots=args.proposal_shots)
-        self.engine = (
-            engine if engine is not None else make_engine(self.model, tokenizer, engine_options or {})
-        )
-        self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self.maker = WindowMaker(self.engine, args, self.verifier, args.seed, evidence, show_progress)
         self.states: list[State] = [{} for _ in recipe.phases]
         self.memory = ChainMemory()

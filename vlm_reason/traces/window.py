@@ -228,15 +228,20 @@ def deal(components: Sequence[Component], traces: int) -> list[Component]:
 
 
 def _given(problem: Problem, prompts: PromptBuilder, traces: int) -> TraceGroup:
-    """The traces that come with a problem: `traces` (a list of texts) or one `rationale`; at most K of them."""
+    """The traces that come with a problem, at most K of them."""
+    texts = given_traces(problem)[:traces]
+    return _one_trace_each(problem, prompts, [prompts.trace_ids(text) for text in texts], texts)
+
+
+def given_traces(problem: Problem) -> list[str]:
+    """`metadata["traces"]` (a list of texts) or the one `rationale`. UserError when there is neither."""
     texts = problem.metadata.get("traces") or [problem.metadata.get("rationale")]
     if texts[0] is None:
         raise UserError(
             f"problem {problem.id!r} has no trace to learn from: this recipe trains on given traces; add a "
             "'rationale' field to the data, or choose a preset that samples (rft, vr)"
         )
-    texts = [str(text) for text in texts[:traces]]
-    return _one_trace_each(problem, prompts, [prompts.trace_ids(text) for text in texts], texts)
+    return [str(text) for text in texts]
 
 
 def _one_trace_each(
