@@ -181,17 +181,19 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
     main = config_of("quickstart.yaml", output / "vr", overrides)
     base_shots = main.sampling["base_shots"]
 
-    def judged(
-        name: str, config: RunConfig, trained: bool, shots: int, ranked: bool = False
-    ) -> dict[str, Any]:
+    def judged(name: str, config: RunConfig, trained: bool, shots: int, parts: str = "") -> dict[str, Any]:
         def work() -> dict[str, Any]:
             held = Held(config, Path(config.output_dir) / "adapters" if trained else None, shots)
-            result = {"eval": held.accuracy(name), "bound": held.bound(name)}
-            return {**result, "ranking": held.ranking(name)} if ranked else result
+            result = {"eval": held.accuracy(name)}
+            if "bound" in parts:
+                result["bound"] = held.bound(name)
+            if "ranking" in parts:
+                result["ranking"] = held.ranking(name)
+            return result
 
-        return stages.run(f"eval_{name}", [to_dict(config), shots, ranked], work)
+        return stages.run(f"eval_{name}", [to_dict(config), shots, parts], work)
 
-    results = {"base": judged("base", main, trained=False, shots=base_shots)}
+    results = {"base": judged("base", main, trained=False, shots=base_shots, parts="bound")}
     runs = {"vr": stages.run("train_vr", to_dict(main), lambda: run_training(main))}
     results["vr"] = judged("vr", main, trained=True, shots=main.shots, parts="bound ranking")
     budget = runs["vr"]["tokens_used"]

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
-from ..models.attention import folded_attention
-
 TokenPair = tuple[Sequence[int], Sequence[int]]
 """(context_ids, target_ids)"""
 
@@ -59,8 +57,7 @@ def score_sequences(
 
     input_ids, rows, targets = _pack(sequences, device)
     causal = unwrap(model)
-    with folded_attention(causal):
-        behind = 0 if past is None else past.get_seq_length()
+    behind = 0 if past is None else past.get_seq_length()
     position = torch.arange(behind, behind + input_ids.shape[1], device=device).unsqueeze(0)
     hidden = causal.get_decoder()(
         input_ids=input_ids, position_ids=position, past_key_values=past, use_cache=past is not None
