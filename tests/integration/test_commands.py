@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,13 @@ def test_the_adapter_loads_in_stock_peft_and_gives_the_stored_logprobs(
         logits = model(torch.tensor([prompt + trace])).logits[0, len(prompt) - 1 : -1]
     logps = logits.log_softmax(-1).gather(-1, torch.tensor(trace)[:, None]).squeeze(-1)
     torch.testing.assert_close(logps, torch.tensor(record["trace_logps"]), rtol=0, atol=1e-3)
+
+
+def test_the_keys_are_those_the_page_names(workflow: dict[str, Any]) -> None:
+    page = (REPO / "docs" / "commands.md").read_text()
+    for command in ("train", "sample", "rank", "eval"):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {command} | `"))
+        assert set(re.findall(r"`([^`]+)`", row)) - {"already_finished"} == set(workflow[command])
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
