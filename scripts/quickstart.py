@@ -191,7 +191,17 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
                 result["ranking"] = held.ranking(name)
             return result
 
-        return stages.run(f"eval_{name}", [to_dict(config), shots, parts], work)
+        read = (
+            "model",
+            "dtype",
+            "task",
+            "eval_task",
+            "template",
+            "verifier",
+            "sampling",
+        )  # all that the base depends on
+        inputs = to_dict(config) if trained else {key: to_dict(config)[key] for key in read}
+        return stages.run(f"eval_{name}", [inputs, shots, parts], work)
 
     results = {"base": judged("base", main, trained=False, shots=base_shots, parts="bound")}
     runs = {"vr": stages.run("train_vr", to_dict(main), lambda: run_training(main))}
