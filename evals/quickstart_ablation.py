@@ -1,6 +1,7 @@
 """Which axes of variational reasoning matter on the quickstart task? Each row: train, then greedy accuracy, held out.
 
-    python evals/quickstart_ablation.py --seeds 0 1 --only vr rft
+    python evals/quickstart_ablation.py --quickstart runs/quickstart             rows of a finished quickstart
+    python evals/quickstart_ablation.py --seeds 0 1 --only vr rft vr_no_gate     more seeds, other axes
 
 All rows spend the tokens (generated + scored + trained) that `vr` with the first seed spent, on the same problems
 and the same held-out set; only the named options differ. Finished rows are read back, so rows can be added one at a
@@ -56,9 +57,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument(
+        "--quickstart", type=Path, help="take base, vr, rft and sft from this quickstart folder, and stop"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
+    if arguments.quickstart is not None:
+        _write(_from_quickstart(arguments.quickstart), arguments.output)
+        return 0
     stages = quickstart.Stages(arguments.output / "stages")
     budget = _train(stages, arguments.output, "vr", arguments.seeds[0], None)["tokens_used"]
     shots = quickstart.config_of("quickstart.yaml", arguments.output, []).sampling["base_shots"]
@@ -82,6 +89,31 @@ def main() -> int:
             )
             _write(rows, arguments.output)
     return 0
+
+
+def _from_quickstart(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a quickstart has already paid for."""
+
+    def stage(name: str) -> dict[str, Any]:
+        return json.loads((folder / "stages" / f"{name}.json").read_text())["result"]
+
+    results = {name: stage(f"eval_{name}")["eval"] for name in ("base", "vr", "rft", "sft")}
+    rows = [{"name": "base", "what": "worked examples in the prompt", **_row(results["base"])}]
+    for name in ("vr", "rft", "sft"):
+        rows.append(
+            {
+                "name": name,
+                "what": VARIANTS[name][2]
+                if name in VARIANTS
+                else "answers alone, no trace; the problems of vr",
+                "seed": 0,
+                "tokens_used": stage(f"train_{name}")["tokens_used"],
+                **_row(results[name]),
+                "minus_base": _difference(results[name], results["base"]),
+                "minus_rft": None if name == "rft" else _difference(results[name], results["rft"]),
+            }
+        )
+    return rows
 
 
 def _config(output: Path, name: str, seed: int, budget: int | None) -> Any:
