@@ -65,6 +65,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.shots < 0:
             raise UserError(f"shots must be >= 0, got {self.shots}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
+        if not self.output_dir.strip():
+            raise UserError("output_dir is empty: name the folder of this run")
 
 
 # -------------------------------------------------------------------------------- reading
@@ -109,7 +113,13 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML's own rule; PyYAML keeps the last one silently)."""
+    """SafeLoader that refuses a key written twice (YAML's own rule; PyYAML keeps the last one silently) and leaves a
+    date as text (no config holds one, and a run may be named by it)."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -161,7 +171,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     for key in data:
         if key not in fields:
             raise UserError(f"unknown config key {_join(where, str(key))!r}{nearest(str(key), fields)}")
-    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()}
+    values = {key: convert(hints[key], value, _join(where, key)) for key, value in data.items()}
     missing = [
         name
         for name, f in fields.items()
@@ -173,8 +183,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise UserError(f"missing config key {_join(where, missing[0])!r}; it has no default")
     try:
         return cls(**values)
-    except ValueError as error:  # from __post_init__; say where
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+    except ValueError as error:  # from __post_init__; say where, once
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 @functools.cache
@@ -182,7 +192,8 @@ def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as type `hint`, by the rules of `from_dict`; `where` is the place named in errors."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -211,11 +222,11 @@ def _convert_union(arms: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     arms = tuple(arm for arm in arms if arm is not type(None))
     if len(arms) == 1:  # Optional: keep the arm's own message, which knows the key that was wrong inside
-        return _convert(arms[0], value, where)
+        return convert(arms[0], value, where)
     # An arm of exactly the value's type comes first, so that `int | str` keeps "3" a string.
     for arm in sorted(arms, key=lambda arm: type(value) is not (typing.get_origin(arm) or arm)):
         try:
-            return _convert(arm, value, where)
+            return convert(arm, value, where)
         except UserError:
             if isinstance(value, Mapping) and dataclasses.is_dataclass(arm):
                 raise
@@ -241,10 +252,10 @@ def _convert_sequence(base: Any, args: tuple[Any, ...], value: Any, where: str) 
         if len(value) != len(args):
             raise _wrong(where, f"a list of {len(args)}", value)
         return tuple(
-            _convert(arg, v, f"{where}[{i}]") for i, (arg, v) in enumerate(zip(args, value, strict=True))
+            convert(arg, v, f"{where}[{i}]") for i, (arg, v) in enumerate(zip(args, value, strict=True))
         )
     item = args[0] if args else Any
-    items = (_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    items = (convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     return tuple(items) if base is Sequence else base(items)
 
 
@@ -253,7 +264,7 @@ def _convert_mapping(args: tuple[Any, ...], value: Any, where: str) -> dict[Any,
         raise _wrong(where, "a section with keys", value)
     key_hint, value_hint = args if args else (Any, Any)
     return {
-        _convert(key_hint, k, f"a key of {where}"): _convert(value_hint, v, _join(where, str(k)))
+        convert(key_hint, k, f"a key of {where}"): convert(value_hint, v, _join(where, str(k)))
         for k, v in value.items()
     }
 

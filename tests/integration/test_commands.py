@@ -249,7 +249,7 @@ def test_an_unknown_key_names_the_nearest(complaint, command: str) -> None:
         ("template=arithmetics", "unknown template 'arithmetics'; did you mean 'arithmetic'?"),
         ("verifier=numbers", "unknown verifier 'numbers'; did you mean 'number'?"),
         ("task.name=chainsum", "unknown reasoning-gym generator 'chainsum'; did you mean 'chain_sum'?"),
-        ("trainer.traces_per_prompt=0", "trainer: trainer.traces_per_prompt (K) must be >= 1, got 0"),
+        ("trainer.traces_per_prompt=0", "trainer.traces_per_prompt (K) must be >= 1, got 0"),
     ],
 )  # fmt: skip
 def test_bad_values_of_training(complaint, override: str, line: str) -> None:

@@ -89,6 +89,23 @@ def test_errors_name_the_place_the_value_and_the_nearest_key(data: dict[str, Any
         from_dict(Run, data)
 
 
+def test_a_date_stays_text() -> None:
+    assert apply_overrides({}, ["name=2026-01-31"]) == {"name": "2026-01-31"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"seed": 2**32}, "seed must be in"),
+        ({"output_dir": " "}, "output_dir is empty"),
+    ],
+)
+def test_a_run_needs_a_seed_that_numpy_takes_and_a_folder(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        from_dict(RunConfig, data)
+
+
 def test_overrides_are_yaml_values_at_dotted_places_and_leave_the_input_alone() -> None:
     data = {"trainer": {"steps": 1}}
     changed = apply_overrides(

@@ -434,6 +434,10 @@ def test_unknown_adapter_names_the_nearest(adapted: PeftModel) -> None:
         add_adapters(adapted)
     with pytest.raises(UserError, match="rank r must be >= 1, got 0"):
         AdapterConfig(r=0)
+    with pytest.raises(UserError, match="alpha must be >= 1"):
+        AdapterConfig(alpha=0)
+    with pytest.raises(UserError, match="target_modules: .*nope"):
+        add_adapters(LlamaForCausalLM(adapted.config), AdapterConfig(target_modules=("nope",)))
 
 
 def test_full_weights(tiny_llama: LlamaForCausalLM) -> None:

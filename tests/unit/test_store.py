@@ -80,6 +80,14 @@ def test_round_trip_is_exact_and_keys_are_kept_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "s").iterdir())) == 1  # nothing new: no segment was made
 
 
+def test_text_that_is_not_unicode_is_kept(tmp_path: Path) -> None:
+    """JSON data may hold half a surrogate pair; it must not stop a run when its samples are written."""
+    odd = record(question="\ud83d?", answer_text="\udc00")
+    with SampleStore(tmp_path) as store:
+        assert store.append([odd]) == 1
+    assert list(SampleStore(tmp_path).records()) == [odd]
+
+
 def test_an_unused_store_makes_no_folder_and_open_wants_samples(tmp_path: Path) -> None:
     SampleStore(tmp_path / "s").append([])
     assert not (tmp_path / "s").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vlm_reason.errors import UserError
 from vlm_reason.models.adapters import AdapterConfig, adapter_parameters
 from vlm_reason.tasks.templates import Shot, Template
 from vlm_reason.traces import PRESETS, TraceConfig, TraceTrainer, build
+from vlm_reason.traces.recipe import HINTED
 from vlm_reason.types import Problem
 
 SMALL = AdapterConfig(r=2)
@@ -204,7 +206,69 @@ def test_bad_data_and_recipes_are_refused_before_anything_starts(tiny_llama, tin
         build("vr", {"ratios": "none"})
     with pytest.raises(UserError, match="option 'wake' of preset 'vr' is 'prio'; did you mean 'prior'"):
         build("vr", {"wake": "prio"})
+    with pytest.raises(UserError, match="report_to names 'abacus', which is not installed"):
+        attempt(report_to="abacus")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["chi2", "grpo", "jepo", "latro", "nover", "rloo", "rlpr", "rws", "verifree"]
+)
+def test_methods_that_compare_traces_refuse_one_trace_a_problem(tiny_llama, tiny_tokenizer, tmp_path, name):
+    """With K = 1 their baseline or normaliser has nothing to compare with: no gradient, or only noise."""
+    with pytest.raises(UserError, match=rf"'{name}' .*traces_per_prompt \(K\) must be >= 2, got 1"):
+        make(tiny_llama, tiny_tokenizer, tmp_path, build(name), traces_per_prompt=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("temperature", 0), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5), ("answer_temperature", -1),
+        ("shots", -1), ("proposal_shots", -1), ("proposal_shot_rounds", -1), ("loss_scale", float("inf")),
+        ("learning_rate", -1), ("weight_decay", -1), ("max_grad_norm", -1), ("seed", -1), ("seed", 2**32),
+        ("max_steps", 5), ("num_train_epochs", 1), ("eval_strategy", "steps"), ("save_strategy", "epoch"),
+        ("save_only_model", True), ("auto_find_batch_size", True),
+    ],
+)  # fmt: skip
+def test_settings_that_would_fail_late_or_be_ignored_are_refused(tmp_path, setting, value):
+    with pytest.raises(UserError, match=f"trainer.*{setting}"):
+        TraceConfig(output_dir=str(tmp_path), use_cpu=True, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("grpo", {"kl": "much"}, "option 'kl' of preset 'grpo': expected a number, got 'much'"),
+        ("grpo", {"kl": -0.1}, "kl must be >= 0, got -0.1"),
+        ("grpo", {"clip": 0}, "clip must be > 0"),
+        ("sft", {"trace": "no"}, "option 'trace' of preset 'sft': expected true or false, got 'no'"),
+        ("vr", {"samples": 2.5}, "option 'samples' of preset 'vr': expected a whole number"),
+        ("vr", {"samples": None}, "option 'samples' of preset 'vr': expected a whole number"),
+        (
+            "vr",
+            {"min_token": 0.5},
+            "'min_token' of preset 'vr' is a log-probability in nats: it must be <= 0",
+        ),
+        ("vr", {"min_weight": -1}, "'min_weight' of preset 'vr' must be >= 0"),
+    ],
+)
+def test_options_of_a_preset_are_checked_when_it_is_built(preset, options, message):
+    with pytest.raises(UserError, match=message):
+        build(preset, options)
+
+
+def test_options_are_read_as_yaml_writes_them():
+    """YAML 1.1 reads 1e-3 as text."""
+    assert build("grpo", {"kl": "1e-3", "clip": None}).phases[0].kl == 1e-3
+    assert build("vr", {"samples": 4.0}).phases[0].evidence.samples == 4
+
+
+def test_a_retry_behind_the_hint_is_refused_where_it_would_repeat_or_falsify_the_draws():
+    phase = build("rft", {"proposal": "prior", "null_group": "hint_retry"}).phases[0]
+    with pytest.raises(UserError, match="saw it already"):
+        replace(phase, proposal=HINTED)
+    with pytest.raises(UserError, match="logq would be wrong"):
+        replace(phase, needs=frozenset({"logq"}))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"adapter rank r must be >= 1, got {self.r}")
+        if self.alpha < 1:
+            raise UserError(
+                f"adapter alpha must be >= 1 (the update is multiplied by alpha / r), got {self.alpha}"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter dropout must be in [0, 1), got {self.dropout}")
 
@@ -63,7 +67,12 @@ def add_adapters(
     config = config or AdapterConfig()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):  # PEFT draws initial values of its own; ours replace them
-        wrapped = get_peft_model(model, _lora_config(config, config.target_modules), adapter_name=names[0])
+        try:
+            wrapped = get_peft_model(
+                model, _lora_config(config, config.target_modules), adapter_name=names[0]
+            )
+        except ValueError as error:  # PEFT's: a target module that the model has not
+            raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
         resolved = tuple(sorted(cast(LoraConfig, wrapped.peft_config[names[0]]).target_modules or ()))
         for name in names[1:]:
             wrapped.add_adapter(name, _lora_config(config, resolved))

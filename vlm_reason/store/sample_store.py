@@ -174,7 +174,10 @@ class SampleStore:
 
 
 def _line(record: SampleRecord) -> bytes:
-    return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
+    return (
+        text.encode("utf-8", "surrogatepass") + b"\n"
+    )  # half a surrogate pair may stand in a data set's JSON
 
 
 def _parse(path: Path, number: int, line: bytes) -> SampleRecord:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers.integrations import get_available_reporting_integrations
+
 from ..errors import UserError
 from ..tasks.prompts import PromptBuilder
 from ..types import Problem
@@ -27,6 +29,17 @@ def check_devices(args: TraceConfig) -> None:
         )
 
 
+def check_reports(args: TraceConfig) -> None:
+    """UserError for a tracker that transformers does not know or that is not installed."""
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        if name not in installed:
+            raise UserError(
+                f"trainer.report_to names {name!r}, which is not installed (installed: "
+                f"{', '.join(installed) or 'none'}); metrics.jsonl is written in any case"
+            )
+
+
 def check_run(
     recipe: Recipe, problems: Sequence[Problem], args: TraceConfig, traces: int, adapters: bool
 ) -> None:
@@ -38,6 +51,11 @@ def check_run(
         if problem.id in seen:
             raise UserError(f"problem id {problem.id!r} occurs twice in train_dataset; ids must be unique")
         seen.add(problem.id)
+    if traces < recipe.least_traces:
+        raise UserError(
+            f"recipe {recipe.name!r} compares the traces of a problem with one another: trainer.traces_per_prompt (K) "
+            f"must be >= {recipe.least_traces}, got {traces}"
+        )
     if args.prompts_per_window > len(problems):
         raise UserError(
             f"trainer.prompts_per_window is {args.prompts_per_window}, but there are only {len(problems)} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 
 from transformers import TrainingArguments
 
@@ -105,9 +105,48 @@ class TraceConfig(TrainingArguments):
                 "trainer.gradient_accumulation_steps and per_device_train_batch_size must stay 1: a step is "
                 "prompts_per_step whole groups, split into micro-batches of tokens_per_microbatch"
             )
-        if self.loss_scale <= 0:
-            raise UserError(f"trainer.loss_scale must be > 0, got {self.loss_scale}")
+        self._check_numbers()
+        self._check_unused()
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name in ("loss_scale", "temperature"):
+            if not 0 < getattr(self, name) < inf:
+                raise UserError(
+                    f"trainer.{name} must be > 0, got {getattr(self, name)}"
+                    + (
+                        " (greedy traces are the recipe's choice, as in star)"
+                        if name == "temperature"
+                        else ""
+                    )
+                )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"trainer.top_p must be in (0, 1], got {self.top_p}")
+        for name in ("answer_temperature", "learning_rate", "weight_decay", "max_grad_norm"):
+            if not 0 <= float(getattr(self, name)) < inf:
+                raise UserError(f"trainer.{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("shots", "proposal_shots", "proposal_shot_rounds"):
+            if getattr(self, name) < 0:
+                raise UserError(f"trainer.{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"trainer.seed must be in [0, 2**32), got {self.seed}")
+
+    def _check_unused(self) -> None:
+        """Settings of transformers that would be ignored, or would break what a checkpoint promises."""
+        if self.max_steps != -1 or self.num_train_epochs != 3.0:
+            raise UserError(
+                "trainer.max_steps and num_train_epochs are not used: the steps follow from rounds, "
+                "prompts_per_window, prompts_per_step and window_epochs"
+            )
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no":
+            raise UserError(
+                "trainer.eval_strategy must stay 'no': evaluate with the eval command, after training"
+            )
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) not in ("steps", "no"):
+            raise UserError(f"trainer.save_strategy must be 'steps' or 'no', got {self.save_strategy!r}")
+        for name in ("save_only_model", "load_best_model_at_end", "auto_find_batch_size"):
+            if getattr(self, name):
+                raise UserError(f"trainer.{name} must stay false: a run must go on exactly where it stopped")
 
     def steps_per_window(self) -> int:
         return ceil(self.prompts_per_window / self.prompts_per_step) * self.window_epochs

@@ -11,6 +11,7 @@ See presets/ for one file a method, and docs/traces.md for the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -144,12 +145,32 @@ class Phase:
     kl: float = 0.0
     clip: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise UserError(f"phase {self.name!r}: windows must be >= 1, got {self.windows}")
+        if not 0 <= self.kl < math.inf:
+            raise UserError(f"phase {self.name!r}: kl must be >= 0, got {self.kl}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise UserError(f"phase {self.name!r}: clip must be > 0 (or null for none), got {self.clip}")
+        if self.null_group == "hint_retry":
+            if any(c.prompt == "hinted" for c in self.proposal.components):
+                raise UserError(
+                    f"phase {self.name!r}: null_group hint_retry draws again behind the hint, and the first draws "
+                    "saw it already: choose skip"
+                )
+            if "logq" in self.needs:
+                raise UserError(
+                    f"phase {self.name!r}: null_group hint_retry draws some groups from another law than the proposal, "
+                    "so logq would be wrong: choose skip"
+                )
+
 
 @dataclass(frozen=True)
 class Recipe:
     """A schedule of phases. One round runs every phase once, in order; `TraceConfig.rounds` says how many rounds.
 
     traces  K, the default number of traces a problem (the config may override it).
+    least_traces  the smallest K with which the method learns: 2 where a trace is compared with the others of its group.
     reset   "base": every round starts again from the initial adapter (STaR).
     source  the paper, for the table in the docs.
     optimises  in one line, what the fixed point is.
@@ -158,6 +179,7 @@ class Recipe:
     name: str
     phases: tuple[Phase, ...]
     traces: int = 4
+    least_traces: int = 1
     reset: Literal["none", "base"] = "none"
     source: str = ""
     optimises: str = ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_atomically
-from ..config import RunConfig, from_dict, save_resolved, to_dict
+from ..config import RunConfig, convert, from_dict, save_resolved, to_dict
 from ..errors import UserError
 from ..models.adapters import AdapterConfig, save_adapters
 from ..scoring.logprobs import unwrap
@@ -99,13 +99,13 @@ def trace_config(config: RunConfig) -> TraceConfig:
 def adapter_config(config: RunConfig) -> AdapterConfig | None:
     """`adapter: {full: true}` trains the model's own weights; else the section's keys are AdapterConfig's."""
     section = dict(config.adapter)
-    if section.pop("full", False):
+    if convert(bool, section.pop("full", False), "adapter.full"):
         if section:
             raise UserError(
                 f"adapter.full trains without adapters, so adapter.{next(iter(section))} has no meaning"
             )
         return None
-    return replace(from_dict(AdapterConfig, {"seed": config.seed, **section}, "adapter"))
+    return from_dict(AdapterConfig, {"seed": config.seed, **section}, "adapter")
 
 
 def resolve_template(template: str | dict[str, Any]) -> Template:

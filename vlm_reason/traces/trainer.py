@@ -51,7 +51,7 @@ from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
 from .checkpoint import TraceState, load_trace_state, publish, save_trace_state, truncate_metrics
-from .checks import check_devices, check_prompts, check_run
+from .checks import check_devices, check_prompts, check_reports, check_run
 from .config import TraceConfig
 from .measure import EvidenceFunction
 from .order import Place, place_of, step_members, window_problems
@@ -120,6 +120,7 @@ class TraceTrainer(Trainer):
         show_progress: bool = True,
     ) -> None:
         check_devices(args)
+        check_reports(args)
         if isinstance(model, str):
             model, tokenizer = load_model(model, dtype=dtype)  # type: ignore[arg-type]  # it checks the name
         if tokenizer is None:
@@ -345,7 +346,8 @@ class TraceTrainer(Trainer):
         """What must be equal for a checkpoint to continue this run."""
         sizes = (
             "rounds", "prompts_per_window", "prompts_per_step", "window_epochs", "temperature", "top_p", "seed",
-            "max_trace_tokens", "max_answer_tokens", "shots", "proposal_shots", "proposal_shot_rounds",
+            "answer_temperature", "max_trace_tokens", "max_answer_tokens", "shots", "proposal_shots",
+            "proposal_shot_rounds", "loss_scale",
         )  # fmt: skip
         return {
             "recipe": self.recipe.name,

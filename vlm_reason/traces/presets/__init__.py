@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ...config import convert
 from ...errors import UserError, nearest
 from ..recipe import Recipe
 from . import (
@@ -67,12 +68,14 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     builder = _BUILDERS[name]
     known = inspect.signature(builder).parameters
     hints = get_type_hints(builder)
+    chosen: dict[str, Any] = {}
     for key, value in (options or {}).items():
         if key not in known:
-            raise UserError(f"preset {name!r} has no option {key!r}{nearest(key, known)}")
+            raise UserError(f"preset {name!r} has no option {key!r}{nearest(str(key), known)}")
         choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
             raise UserError(
                 f"option {key!r} of preset {name!r} is {value!r}{nearest(str(value), map(str, choices))}"
             )
-    return builder(**(options or {}))
+        chosen[key] = convert(hints[key], value, f"option {key!r} of preset {name!r}")
+    return builder(**chosen)

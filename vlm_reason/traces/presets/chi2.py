@@ -36,6 +36,7 @@ def recipe() -> Recipe:
         "chi2",
         (phase,),
         traces=8,
+        least_traces=2,
         source="arXiv 1611.00328",
         optimises="L_K in theta; chi2(posterior||q) in phi",
     )

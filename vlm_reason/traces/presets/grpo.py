@@ -31,4 +31,11 @@ def recipe(kl: float = 0.0, clip: float | None = 0.2) -> Recipe:
         kl=kl,
         clip=clip,
     )
-    return Recipe("grpo", (phase,), traces=8, source="arXiv 2402.03300", optimises="sqrt(P/(1-P)) grad log P")
+    return Recipe(
+        "grpo",
+        (phase,),
+        traces=8,
+        least_traces=2,
+        source="arXiv 2402.03300",
+        optimises="sqrt(P/(1-P)) grad log P",
+    )

@@ -44,4 +44,6 @@ def recipe(bound: Literal["multi", "single"] = "multi", kl: float = 0.0) -> Reci
         targets="gold",
         kl=kl,
     )
-    return Recipe("jepo", (phase,), traces=4, source="arXiv 2503.19618", optimises="L_K with q = pi")
+    return Recipe(
+        "jepo", (phase,), traces=4, least_traces=2, source="arXiv 2503.19618", optimises="L_K with q = pi"
+    )

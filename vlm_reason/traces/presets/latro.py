@@ -39,5 +39,10 @@ def recipe(beta: float = 0.05, answer_weight: float = 1.0) -> Recipe:
         needs=frozenset({"logp_prior", "logp_ref"}),
     )
     return Recipe(
-        "latro", (phase,), traces=16, source="arXiv 2411.04282", optimises="E log pi(y*|z) - beta KL(pi||ref)"
+        "latro",
+        (phase,),
+        traces=16,
+        least_traces=2,
+        source="arXiv 2411.04282",
+        optimises="E log pi(y*|z) - beta KL(pi||ref)",
     )

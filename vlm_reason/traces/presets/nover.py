@@ -26,5 +26,10 @@ def recipe(kl: float = 0.0) -> Recipe:
         "nover", weigh, proposal=PRIOR, evidence=Evidence("perplexity_rank"), targets="sampled", kl=kl
     )
     return Recipe(
-        "nover", (phase,), traces=8, source="arXiv 2505.16022", optimises="expected rank of y*'s perplexity"
+        "nover",
+        (phase,),
+        traces=8,
+        least_traces=2,
+        source="arXiv 2505.16022",
+        optimises="expected rank of y*'s perplexity",
     )

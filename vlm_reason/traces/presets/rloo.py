@@ -20,4 +20,4 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 def recipe() -> Recipe:
     phase = Phase("rloo", weigh, proposal=PRIOR, evidence=Evidence("accuracy", samples=1), targets="sampled")
-    return Recipe("rloo", (phase,), traces=8, source="arXiv 2402.14740", optimises="P(Y|x)")
+    return Recipe("rloo", (phase,), traces=8, least_traces=2, source="arXiv 2402.14740", optimises="P(Y|x)")

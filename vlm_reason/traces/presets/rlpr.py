@@ -41,5 +41,10 @@ def recipe(spread: float = 0.5, decay: float = 0.99) -> Recipe:
         targets="sampled",
     )
     return Recipe(
-        "rlpr", (phase,), traces=8, source="arXiv 2506.18254", optimises="shaped reward on mean p(y*_t)"
+        "rlpr",
+        (phase,),
+        traces=8,
+        least_traces=2,
+        source="arXiv 2506.18254",
+        optimises="shaped reward on mean p(y*_t)",
     )

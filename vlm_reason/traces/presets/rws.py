@@ -37,6 +37,7 @@ def recipe() -> Recipe:
         "rws",
         (phase,),
         traces=8,
+        least_traces=2,
         source="arXiv 1406.2751",
         optimises="L_K in theta; KL(posterior || q) in phi",
     )

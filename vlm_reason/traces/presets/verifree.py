@@ -22,4 +22,6 @@ def weigh(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 def recipe() -> Recipe:
     phase = Phase("verifree", weigh, proposal=PRIOR, evidence=Evidence("logp"), targets="gold")
-    return Recipe("verifree", (phase,), traces=8, source="arXiv 2505.21493", optimises="pi(y*|x)")
+    return Recipe(
+        "verifree", (phase,), traces=8, least_traces=2, source="arXiv 2505.21493", optimises="pi(y*|x)"
+    )

@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 
+from ...errors import UserError
 from ...objectives import Ratio, ratio_named, self_normalised
 from ...objectives.groups import log_mean_exp
 from ...objectives.ratios import Clip, EssFloor
@@ -86,6 +87,14 @@ def recipe(
 ) -> Recipe:
     """partner: who shares the mixture with the prior. ess_floor, clip_*: settings of those ratios (nats for
     the clip)."""
+    if min_weight < 0:
+        raise UserError(
+            f"option 'min_weight' of preset 'vr' must be >= 0 (a probability; 0 = off), got {min_weight}"
+        )
+    if min_token is not None and min_token > 0:
+        raise UserError(
+            f"option 'min_token' of preset 'vr' is a log-probability in nats: it must be <= 0, got {min_token}"
+        )
     one_network = "hinted" in (proposal, partner if proposal == "mixture" else proposal)
     adapter: Literal["reasoner", "posterior"] = "reasoner" if one_network else "posterior"
     guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
