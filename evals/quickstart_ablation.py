@@ -3,7 +3,7 @@
     python evals/quickstart_ablation.py --quickstart runs/quickstart             rows of a finished quickstart
     python evals/quickstart_ablation.py --seeds 0 1 --only vr rft vr_no_gate     more seeds, other axes
 
-All rows spend the tokens (generated + scored + trained) that `vr` with the first seed spent, on the same problems
+All rows spend the tokens (generated + trained) that `vr` with the first seed spent, on the same problems
 and the same held-out set; only the named options differ. Finished rows are read back, so rows can be added one at a
 time. Writes evals/results/quickstart_ablation.json after every row.
 """
@@ -68,7 +68,7 @@ def main() -> int:
         return 0
     stages = quickstart.Stages(arguments.output / "stages")
     budget = _train(stages, arguments.output, "vr", arguments.seeds[0], None)["tokens_used"]
-    shots = quickstart.config_of("quickstart.yaml", arguments.output, []).sampling["base_shots"]
+    shots = quickstart.MEASURED["base_shots"]
     base = _evaluate(stages, arguments.output, "base", 0, shots)
     rows = [{"name": "base", "what": f"{shots} worked examples in the prompt", **_row(base)}]
     for seed in arguments.seeds:

@@ -5,8 +5,8 @@
 
 1. The base model at its best prompt (worked examples) on held-out problems.
 2. `vr`: variational reasoning. Traces drawn with and without a hint, weighted by how well they explain the answer.
-3. Two controls: `rft` (rejection sampling, no hints) at the tokens `vr` used, and `sft` (answers, no traces) on the
-   problems that `vr` saw, as often.
+3. Two controls: `rft` (rejection sampling, no hints) at the tokens that `vr` generated and trained on, and `sft`
+   (answers, no traces) on the problems that `vr` saw.
 4. Every model on the same held-out problems, greedy, with paired differences; the bound on log p(y*|x) before and
    after; and rationales ranked by the answer they support.
 
@@ -36,6 +36,16 @@ from vlm_reason.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "recipes"
+MEASURED = {
+    "base_shots": 4,  # the base's best prompt: 0, 2 and 4 worked examples were tried
+    "max_trace_tokens": 40,
+    "max_answer_tokens": 8,
+    "bound_traces": 8,
+    "bound_problems": 48,
+    "rank_traces": 8,
+    "rank_problems": 40,
+    "seed": 17,
+}
 CONTROLS = {"rft": "quickstart_rft.yaml", "sft": "quickstart_sft.yaml"}
 console = Console(stderr=True, highlight=False)
 
@@ -89,12 +99,11 @@ class Held:
         spec = from_dict(TaskSpec, config.eval_task, "eval_task")
         self.problems = held_out(load_problems(spec), load_problems(from_dict(TaskSpec, config.task, "task")))
         self.judge = make_judge(resolve_verifier(config.verifier, spec), self.prompts)
-        self.sampling = config.sampling
 
     def accuracy(self, label: str) -> dict[str, Any]:
         from vlm_reason.evaluation import EvalConfig, evaluate
 
-        lengths = {k: self.sampling[k] for k in ("max_trace_tokens", "max_answer_tokens")}
+        lengths = {k: MEASURED[k] for k in ("max_trace_tokens", "max_answer_tokens")}
         config = EvalConfig(adapter=self.adapter, **lengths)
         result = evaluate(
             self.engine, self.prompts, self.problems, self.judge, config, progress=f"{label}: greedy"
@@ -105,12 +114,12 @@ class Held:
         from vlm_reason.evaluation import BoundConfig, bound
 
         config = BoundConfig(
-            self.sampling["bound_traces"],
-            self.sampling["max_trace_tokens"],
+            MEASURED["bound_traces"],
+            MEASURED["max_trace_tokens"],
             self.adapter,
-            self.sampling["seed"],
+            MEASURED["seed"],
         )
-        problems = self.problems[: self.sampling["bound_problems"]]
+        problems = self.problems[: MEASURED["bound_problems"]]
         return bound(self.engine, self.prompts, problems, config, progress=f"{label}: bound").to_json()
 
     def ranking(self, label: str) -> dict[str, Any]:
@@ -122,10 +131,10 @@ class Held:
         from vlm_reason.store import Provenance
         from vlm_reason.tasks.answers import canonical
 
-        problems = self.problems[: self.sampling["rank_problems"]]
+        problems = self.problems[: MEASURED["rank_problems"]]
         config = EvalConfig(
-            self.sampling["rank_traces"], 1, 1.0, 1.0, self.sampling["max_trace_tokens"],
-            self.sampling["max_answer_tokens"], self.adapter, self.sampling["seed"],
+            MEASURED["rank_traces"], 1, 1.0, 1.0, MEASURED["max_trace_tokens"],
+            MEASURED["max_answer_tokens"], self.adapter, MEASURED["seed"],
         )  # fmt: skip
         provenance = Provenance("quickstart", "quickstart", 1.0, 1.0)
         records = draw(
@@ -179,7 +188,7 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     stages = Stages(output / "stages")
     main = config_of("quickstart.yaml", output / "vr", overrides)
-    base_shots = main.sampling["base_shots"]
+    base_shots = MEASURED["base_shots"]
 
     def judged(name: str, config: RunConfig, trained: bool, shots: int, parts: str = "") -> dict[str, Any]:
         def work() -> dict[str, Any]:
@@ -198,10 +207,9 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
             "eval_task",
             "template",
             "verifier",
-            "sampling",
         )  # all that the base depends on
         inputs = to_dict(config) if trained else {key: to_dict(config)[key] for key in read}
-        return stages.run(f"eval_{name}", [inputs, shots, parts], work)
+        return stages.run(f"eval_{name}", [inputs, MEASURED, shots, parts], work)
 
     results = {"base": judged("base", main, trained=False, shots=base_shots, parts="bound")}
     runs = {"vr": stages.run("train_vr", to_dict(main), lambda: run_training(main))}
@@ -233,7 +241,7 @@ def run(output: Path, overrides: list[str]) -> dict[str, Any]:
         "bound": {
             "before": results["base"]["bound"]["iwae"]["value"],
             "after": results["vr"]["bound"]["iwae"]["value"],
-            "k": main.sampling["bound_traces"],
+            "k": MEASURED["bound_traces"],
         },
         "controls": {
             n: {

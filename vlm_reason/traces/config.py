@@ -67,7 +67,7 @@ class TraceConfig(TrainingArguments):
     )
     token_budget: int | None = field(
         default=None,
-        metadata={"help": "Stop after the step at which generated + scored + trained tokens reach this."},
+        metadata={"help": "Stop after the step at which generated + trained tokens reach this."},
     )
     log_completions: bool = field(default=True, metadata={"help": "Write completions/window_*.jsonl."})
 
