@@ -432,6 +432,8 @@ def test_unknown_adapter_names_the_nearest(adapted: PeftModel) -> None:
         pass
     with pytest.raises(UserError, match="already has adapters"):
         add_adapters(adapted)
+    with pytest.raises(UserError, match="already has adapters .*: load it anew"):
+        add_adapters(adapted.get_base_model())  # the object that was wrapped: its layers are PEFT's by now
     with pytest.raises(UserError, match="rank r must be >= 1, got 0"):
         AdapterConfig(r=0)
     with pytest.raises(UserError, match="alpha must be >= 1"):

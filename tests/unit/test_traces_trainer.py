@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -127,8 +128,6 @@ def test_training_one_adapter_leaves_the_other_and_its_moments_alone(tiny_llama,
 @pytest.mark.parametrize("name", ["vr", "grpo", "jepo"])
 def test_micro_batches_never_change_the_loss(tiny_llama, tiny_tokenizer, tmp_path, name):
     """One forward of everything equals one forward a row: the gradient of each step agrees to rounding."""
-    import copy
-
     options = {"vr": {"evidence": "logp", "ratio": "none"}, "grpo": {"kl": 0.1}, "jepo": {}}[name]
     results = []
     for budget in (100_000, 1):
@@ -152,8 +151,6 @@ def test_a_windows_loss_is_minus_the_coefficients_times_the_log_probabilities(
     tiny_llama, tiny_tokenizer, tmp_path
 ):
     """Recomputed from the completions table by an ordinary forward pass of the plain model (B = 0 at step 1)."""
-    import copy
-
     plain = copy.deepcopy(tiny_llama)
     trainer = make(
         tiny_llama, tiny_tokenizer, tmp_path, build("jepo"), traces_per_prompt=3, prompts_per_window=2
@@ -269,6 +266,24 @@ def test_a_retry_behind_the_hint_is_refused_where_it_would_repeat_or_falsify_the
         replace(phase, proposal=HINTED)
     with pytest.raises(UserError, match="logq would be wrong"):
         replace(phase, needs=frozenset({"logq"}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "args"),
+    [
+        ("rloo", {"max_trace_tokens": 500}),  # 4 of the prompt, 2 of the cue, 4 of the answer: 510
+        ("rloo", {"max_trace_tokens": 490, "proposal_shots": 1, "proposal_shot_rounds": 1}),
+        ("vr", {"max_trace_tokens": 504}),
+    ],
+)
+def test_what_would_outgrow_the_context_in_mid_run_is_found_before_it(
+    tiny_llama, tiny_tokenizer, tmp_path, preset, args
+):
+    """A trace that closes itself just below the context leaves no room for the answer behind it."""
+    tiny_llama.config.max_position_embeddings = 509
+    with pytest.raises(UserError, match="problem 'p0' may take 5.. tokens .* the model's context is 509"):
+        make(copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path, build(preset), **args)
+    make(tiny_llama, tiny_tokenizer, tmp_path, build(preset), **{**args, "max_trace_tokens": 480})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..models.adapters import use_adapter
 from ..models.attention import folded_attention
-from ..scoring.logprobs import head_logits, microbatches, score_sequences, unwrap
+from ..scoring.logprobs import context_length, head_logits, microbatches, score_sequences, unwrap
 from ..types import Completion, Finish
 from .base import Law, SampleRequest, ScoreRequest
 from .cache import new_cache, select, shares_prefixes
@@ -64,7 +64,7 @@ class HFEngine:
     @property
     def context(self) -> int | None:
         """Tokens the model was built for, None if its config does not say."""
-        return getattr(unwrap(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.model)
 
     @torch.no_grad()  # not inference_mode: buffers a model refreshes in forward must stay usable in training
     def sample(self, requests: Sequence[SampleRequest], progress: str | None = None) -> list[Completion]:
@@ -261,7 +261,7 @@ def _prefill(causal: PreTrainedModel, prompts: list[tuple[int, ...]], device: to
 
 def _decode(causal: PreTrainedModel, state: _State, tokens: Tensor) -> _State:
     mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, 1), value=True)
-    context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(causal)
     position = (
         state.position.clamp_max(context - 1) if context else state.position
     )  # finished rows may run past it

@@ -62,8 +62,9 @@ def add_adapters(
     model: nn.Module, config: AdapterConfig | None = None, names: Sequence[str] = (REASONER, POSTERIOR)
 ) -> PeftModel:
     """Wrap `model` with one adapter a name; the first becomes active. The base is frozen, every adapter trainable."""
-    if isinstance(model, PeftModel):
-        raise UserError(f"the model already has adapters {sorted(model.peft_config)}")
+    inside = getattr(model, "peft_config", None)  # PEFT puts its layers into the given model itself
+    if inside:
+        raise UserError(f"the model already has adapters {sorted(inside)}: load it anew")
     config = config or AdapterConfig()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):  # PEFT draws initial values of its own; ours replace them

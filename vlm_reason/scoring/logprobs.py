@@ -143,6 +143,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Tokens the model was built for; None if its config does not say."""
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def _selected_logprobs(logits: Tensor, targets: Tensor, temperature: float, top_p: float) -> Tensor:
     if top_p < 1.0 and temperature != 0:
         return log_law(logits, temperature, top_p).gather(-1, targets[:, None]).squeeze(-1)

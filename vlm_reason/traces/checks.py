@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from ..errors import UserError
 from ..tasks.prompts import PromptBuilder
 from ..types import Problem
 from .config import TraceConfig
 from .measure import wants_gold
-from .recipe import Recipe
+from .recipe import Phase, Recipe
 from .window import deal, given_traces
 
 
@@ -83,14 +83,38 @@ def check_run(
         )
 
 
-def check_prompts(recipe: Recipe, problems: Sequence[Problem], prompts: PromptBuilder) -> None:
-    """UserError for the first problem that cannot be written as the recipe needs it, before its turn comes."""
+def check_prompts(
+    recipe: Recipe,
+    problems: Sequence[Problem],
+    prompts: PromptBuilder,
+    args: TraceConfig,
+    context: int | None,
+) -> None:
+    """UserError for the first problem that cannot be written as the recipe needs it, or would not fit into the model's
+    `context` with the longest trace and answer, before its turn comes."""
     gold = any(phase.targets == "gold" or wants_gold(phase) for phase in recipe.phases)
     given = any(phase.proposal.dataset for phase in recipe.phases)
+    sampled = any(phase.proposal.components for phase in recipe.phases)
+    hinted = any(_behind_hint(phase) for phase in recipe.phases)
     for problem in problems:
-        prompts.prior_ids(problem)
+        prior = len(prompts.prior_ids(problem))
+        trace = args.max_trace_tokens if sampled else 0
+        answer = args.max_answer_tokens if sampled else 0
         if gold:
-            prompts.answer_ids(problem.answer)
+            answer = max(answer, len(prompts.answer_ids(problem.answer)))
         if given:
-            for text in given_traces(problem):
-                prompts.trace_ids(text)
+            trace = max(trace, *(len(prompts.trace_ids(text)) for text in given_traces(problem)))
+        prompt = max(prior, len(prompts.hinted_ids(problem)) - len(prompts.cue_ids) - answer if hinted else 0)
+        total = prompt + trace + len(prompts.cue_ids) + answer
+        if context is not None and total > context:
+            raise UserError(
+                f"problem {problem.id!r} may take {total} tokens (prompt {prior}, trace {trace}, cue and answer "
+                f"{total - prompt - trace}), and the model's context is {context}: lower trainer.max_trace_tokens or "
+                "the shots, or leave long problems out"
+            )
+
+
+def _behind_hint(phase: Phase) -> bool:
+    """Whether traces are drawn, scored or trained behind the hinted prompt."""
+    drawn = any(component.prompt == "hinted" for component in phase.proposal.components)
+    return drawn or phase.null_group == "hint_retry" or "posterior" in phase.trains

@@ -45,7 +45,7 @@ from ..models.adapters import (
     use_adapter,
 )
 from ..models.load import load_model
-from ..scoring.logprobs import microbatches, score_sequences
+from ..scoring.logprobs import context_length, microbatches, score_sequences
 from ..tasks.prompts import PromptBuilder
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
@@ -139,7 +139,9 @@ class TraceTrainer(Trainer):
         chosen = template if isinstance(template, Template) else template_named(template)
         self.training_prompts = PromptBuilder(tokenizer, chosen, shots=args.shots)
         self.warmup_prompts = PromptBuilder(tokenizer, chosen, shots=args.proposal_shots)
-        check_prompts(recipe, self.problems, self.training_prompts)
+        check_prompts(recipe, self.problems, self.training_prompts, args, context_length(trained))
+        if args.proposal_shot_rounds and args.proposal_shots > args.shots:
+            check_prompts(recipe, self.problems, self.warmup_prompts, args, context_length(trained))
         self.engine = engine if engine is not None else make_engine(trained, tokenizer, engine_options or {})
         self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self._optimizer_factory = optimizer_factory
@@ -311,7 +313,7 @@ class TraceTrainer(Trainer):
                 **self._row,
             }
             self.tokens_used += sum(
-                self._row[f"tokens/{kind}"] for kind in ("generated", "scored", "trained")
+                self._row[f"tokens/{kind}"] for kind in ("generated", "trained")
             )
             self._row["tokens_used"] = self.tokens_used
             self._append_row(self._row)
