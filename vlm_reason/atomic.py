@@ -29,6 +29,15 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: str | Path) -> None:
+    """Have a file's bytes, or a folder's names, on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

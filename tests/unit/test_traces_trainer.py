@@ -125,6 +125,22 @@ def test_training_one_adapter_leaves_the_other_and_its_moments_alone(tiny_llama,
     assert {row["phase"] for row in rows if row["rows"]} == {"posterior", "reasoner"}
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, tiny_tokenizer, tmp_path):
+    """The backward pass recomputes under the adapter and the attention of the forward pass."""
+    recipe = build("vr", {"evidence": "logp", "ratio": "none", "wake": "same"})
+    results = []
+    for checkpointing in (False, True):
+        trainer = make(
+            copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path / str(checkpointing), recipe, traces_per_prompt=6,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        trainer.train()
+        assert any(row["rows"] for row in rows_of(tmp_path / str(checkpointing)))
+        results.append({**snapshot(trainer, "reasoner"), **snapshot(trainer, "posterior")})
+    plain, recomputed = results
+    assert all(torch.allclose(plain[k], v, atol=1e-6) for k, v in recomputed.items())
+
+
 @pytest.mark.parametrize("name", ["vr", "grpo", "jepo"])
 def test_micro_batches_never_change_the_loss(tiny_llama, tiny_tokenizer, tmp_path, name):
     """One forward of everything equals one forward a row: the gradient of each step agrees to rounding."""

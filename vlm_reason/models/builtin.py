@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..atomic import sync
 from ..errors import UserError, nearest
 
 MANIFEST = "manifest.json"
@@ -146,21 +147,21 @@ def _publish(building: Path, folder: Path) -> None:
                 pass  # the other process has just moved it
             shutil.rmtree(trash, ignore_errors=True)
         else:
-            _fsync(folder.parent)
+            sync(folder.parent)
             return
 
 
 def _write_manifest(folder: Path, source: str) -> None:
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _fsync(path)
+        sync(path)
         stat = path.stat()
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"source": source, "files": files}, indent=1) + "\n")
-    _fsync(manifest)
-    _fsync(folder)
+    sync(manifest)
+    sync(folder)
 
 
 def _convert_gguf(builtin: Builtin, folder: Path) -> None:
@@ -222,11 +223,3 @@ def _remove_stale(parent: Path, alias: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

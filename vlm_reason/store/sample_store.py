@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from ..atomic import sync
 from ..errors import UserError
 from .record import SampleRecord
 
@@ -151,7 +152,7 @@ class SampleStore:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND
             self._segment = os.open(self.folder / name, flags, 0o666)
             fcntl.flock(self._segment, fcntl.LOCK_EX)
-            _sync_folder(self.folder)
+            sync(self.folder)  # the name of a new file is only durable once its folder is
         return self._segment
 
     def _repair(self) -> None:
@@ -195,12 +196,3 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """The name of a new file is only durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

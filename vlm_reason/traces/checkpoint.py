@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..atomic import write_atomically
+from ..atomic import sync, write_atomically
 from ..errors import UserError
 from .recipe import State
 from .replay import ChainMemory
@@ -140,8 +140,7 @@ def publish(temporary: Path, final: Path) -> None:
     """Flush every file of `temporary` to disk and give it its final name in one step."""
     for path in temporary.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)

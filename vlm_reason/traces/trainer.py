@@ -312,9 +312,7 @@ class TraceTrainer(Trainer):
                 "seconds": time.perf_counter() - self._step_started,
                 **self._row,
             }
-            self.tokens_used += sum(
-                self._row[f"tokens/{kind}"] for kind in ("generated", "trained")
-            )
+            self.tokens_used += sum(self._row[f"tokens/{kind}"] for kind in ("generated", "trained"))
             self._row["tokens_used"] = self.tokens_used
             self._append_row(self._row)
             if self.out_of_tokens:
