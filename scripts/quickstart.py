@@ -38,10 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "recipes"
 MEASURED = {
     "base_shots": 4,  # the base's best prompt: 0, 2 and 4 worked examples were tried
-    "max_trace_tokens": 40,
+    "max_trace_tokens": 32,
     "max_answer_tokens": 8,
     "bound_traces": 8,
-    "bound_problems": 48,
+    "bound_problems": 40,
     "rank_traces": 8,
     "rank_problems": 40,
     "seed": 17,

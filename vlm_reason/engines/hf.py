@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat.peft import lean_lora
 from ..errors import UserError
 from ..models.adapters import use_adapter
 from ..models.attention import folded_attention
@@ -126,6 +127,7 @@ class HFEngine:
             stack.enter_context(use_adapter(self.model, law.adapter))
             stack.enter_context(_evaluating(self.model))
             stack.enter_context(folded_attention(unwrap(self.model)))
+            stack.enter_context(lean_lora(self.model))
             yield
 
     def _sample_batch(self, requests: list[SampleRequest], law: Law, bar: tqdm) -> list[Completion]:
