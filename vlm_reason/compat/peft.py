@@ -25,7 +25,7 @@ def lean_lora(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             if type(module) is Linear and (short := _short_forward(module)) is not None:
-                module.forward = short  # type: ignore[method-assign]
+                module.forward = short  # type: ignore[method-assign, assignment]
                 replaced.append(module)
         yield
     finally:
@@ -39,15 +39,23 @@ def _short_forward(layer: Linear) -> Callable[[Tensor], Tensor] | None:
         return None
     name = active[0]
     base = layer.base_layer
+    if not isinstance(base, nn.Linear) or not isinstance(
+        base.weight, Tensor
+    ):  # quantised layers have a path of their own
+        return None
     dtype = base.weight.dtype
+    a, b = layer.lora_A[name], layer.lora_B[name]
     if (
-        layer.lora_A[name].bias is not None
-        or layer.lora_B[name].bias is not None
-        or not dtype.is_floating_point
+        not isinstance(a, nn.Linear)
+        or not isinstance(b, nn.Linear)
+        or a.bias is not None
+        or b.bias is not None
     ):
         return None
-    down = layer.lora_A[name].weight.detach().to(dtype)
-    up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).to(dtype)
+    if not dtype.is_floating_point:
+        return None
+    down = a.weight.detach().to(dtype)
+    up = (b.weight.detach() * float(layer.scaling[name])).to(dtype)
 
     def forward(x: Tensor) -> Tensor:
         return base(x).add_(F.linear(F.linear(x, down), up))
