@@ -336,23 +336,21 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
     out = Console(highlight=False)
     table = Table(title="Held-out accuracy (greedy)", title_justify="left")
-    for column in ("model", "prompt", "accuracy", "95%", "minus base", "95%", "unparsed", "cut", "trace tokens",
-                   "bound", "log p(y*|z)", "log p(y*|no z)"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("model", "prompt") else "right")
+    for column in ("model", "shots", "accuracy", "95%", "gain", "95%", "unparsed", "cut", "tokens"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = [("base", summary["base"], None), ("vr", summary["trained"], summary["gain"])]
     rows += [(name, c, c["gain"]) for name, c in summary["controls"].items()]
     for name, row, gain in rows:
         table.add_row(
             name,
-            f"{row['shots']} examples" if row["shots"] else "none",
+            str(row["shots"]),
             f"{row['accuracy']:.3f}",
-            _interval(row["ci"]),
+            _interval(row["ci"], ".2f"),
             f"{gain['value']:+.3f}" if gain else "",
-            _interval(gain["ci"], "+.3f") if gain else "",
+            _interval(gain["ci"], "+.2f") if gain else "",
             f"{row['unparsed']:.3f}",
             f"{row['truncated']:.3f}",
             f"{row['trace_tokens']:.1f}",
-            *(f"{row[key]:.2f}" if key in row else "" for key in ("bound", "logp_traced", "logp_empty")),
         )
     out.print(table)
     for name, control in summary["controls"].items():
@@ -364,6 +362,10 @@ def show(summary: dict[str, Any], output: Path) -> None:
     out.print(
         f"bound on log p(y*|x), IWAE with K = {b['k']}: {b['before']:.2f} before, {b['after']:.2f} after (nats)"
     )
+    for name, row in (("before", summary["base"]), ("after", summary["trained"])):
+        out.print(
+            f"log p(y*|x,z) {name}: {row['logp_traced']:.2f} behind sampled traces, {row['logp_empty']:.2f} behind none"
+        )
     r = summary["ranking"]
     out.print(
         f"{r['traces']} rationales a problem on {r['problems']} problems: one sample {r['one_sample']:.3f}, majority "
