@@ -336,7 +336,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
     out = Console(highlight=False)
     table = Table(title="Held-out accuracy (greedy)", title_justify="left", box=None, pad_edge=False)
-    for column in ("model", "shots", "accuracy", "95%", "gain", "95%", "unparsed", "cut", "tokens"):
+    for column in ("model", "shots", "acc", "95%", "gain", "95%", "unread", "cut", "len"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = [("base", summary["base"], None), ("vr", summary["trained"], summary["gain"])]
     rows += [(name, c, c["gain"]) for name, c in summary["controls"].items()]
