@@ -107,6 +107,7 @@ class Scores:
     chain         [G, K]     True where the trace is the stored chain of its problem (TRICE), else absent
     problem       [G]        integer key of the problem, for per-problem state; absent when no preset needs it
     logp_empty    [G]        log pi(y* | x, empty trace), for evidence measured against no trace
+    worst_token   [G, K]     min over the tokens of z and y* of log pi(token | x, before), when a preset needs it
     """
 
     logp_prior: Tensor

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ..errors import UserError, nearest
-from ..types import Problem
+from ..types import Completion, Problem
 from .answers import AnswerKind, canonical, extract_answer
 from .worker import CheckWorker, Reply
 
@@ -25,6 +25,28 @@ class Verdict:
     score: float
     parsed: str | None
     failed: bool = False
+
+
+V = TypeVar("V", covariant=True)
+
+
+class Verifies(Protocol[V]):
+    """The one call that judging needs of a verifier."""
+
+    def verify(self, problem: Problem, answer_text: str) -> V: ...
+
+
+class ReadsAnswers(Protocol):
+    """What of a prompt builder judging needs."""
+
+    def parse_answer(self, completion_text: str) -> str | None: ...
+
+
+def verdict_on(verifier: Verifies[V], prompts: ReadsAnswers, problem: Problem, answer: Completion) -> V:
+    """The verdict on a sampled answer. One that was cut off at its cap, or in which nothing can be read, is judged as
+    the empty answer: wrong, whatever it says so far."""
+    text = prompts.parse_answer(answer.text) if answer.complete else None
+    return verifier.verify(problem, text or "")
 
 
 @dataclass

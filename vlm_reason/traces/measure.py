@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..engines.base import Engine, Law, ScoreRequest
 from ..tasks.prompts import PromptBuilder
-from ..tasks.verifiers import Verdict, Verifier
-from ..types import Completion, Problem, Scores, TraceGroup
+from ..tasks.verifiers import Verdict, Verifier, verdict_on
+from ..types import Scores, TraceGroup
 from . import evidence
 from .recipe import PRIOR, Component, Phase
 from .replay import CHAIN
 
+PRIOR_NAME = PRIOR.components[0].name
 EvidenceFunction = Callable[[TraceGroup], Sequence[float]]
 """A user's own evidence: the K numbers e >= 0 of a group."""
 
@@ -111,11 +112,10 @@ def measure(
     )
     measured_ratio = {"logp_prior", "logq"} <= phase.needs and bool(phase.proposal.components)
     ratio_known = measured_ratio or ((temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups))
-    return Measured(scores, verdicts, score.tokens, ratio_known, _right(groups, phase, verdicts, gold))
+    return Measured(scores, verdicts, score.tokens, ratio_known, _right(phase, verdicts, gold))
 
 
 def _right(
-    groups: Sequence[TraceGroup],
     phase: Phase,
     verdicts: Sequence[Sequence[Sequence[Verdict]]],
     gold: Sequence[Sequence[tuple[float, ...]]],
@@ -131,7 +131,7 @@ def _right(
 
 def _all_from_prior(groups: Sequence[TraceGroup]) -> bool:
     """Whether every fresh trace was drawn by the model as it will be used (stored chains aside)."""
-    return all(t.proposal in (PRIOR.components[0].name, CHAIN) for group in groups for t in group.traces)
+    return all(t.proposal in (PRIOR_NAME, CHAIN) for group in groups for t in group.traces)
 
 
 def verify_answers(
@@ -141,16 +141,10 @@ def verify_answers(
     whatever it says so far; so is one that cannot be parsed. Empty where nothing was sampled or there is no
     verifier."""
 
-    def verdict(problem: Problem, answer: Completion) -> Verdict:
-        assert verifier is not None
-        parsed = prompts.parse_answer(answer.text) if answer.complete else None
-        return verifier.verify(problem, parsed or "")
-
+    if verifier is None:
+        return tuple(tuple(() for _ in group.traces) for group in groups)
     return tuple(
-        tuple(
-            () if verifier is None else tuple(verdict(group.problem, a) for a in t.answers)
-            for t in group.traces
-        )
+        tuple(tuple(verdict_on(verifier, prompts, group.problem, a) for a in t.answers) for t in group.traces)
         for group in groups
     )
 
@@ -209,32 +203,32 @@ def _prior_pass(
     result = _PriorPass([[() for _ in g.traces] for g in groups], [[() for _ in g.traces] for g in groups])
     if not wants_trace and not wants_gold(phase):
         return result
-    where: list[tuple[int, int, int]] = []
+    where: list[tuple[int, int, int, int]] = []  # group, trace, target tokens of z, of y*
     requests: list[ScoreRequest] = []
     for g, group in enumerate(groups):
         prompt, y = tuple(prompts.prior_ids(group.problem)), prompts.answer_ids(group.problem.answer)
         for k, trace in enumerate(group.traces):
             if not trace.complete:
                 continue
-            own = sampled == (1.0, 1.0) and trace.proposal == "reasoner/prior" and trace.prompt_ids == prompt
+            own = sampled == (1.0, 1.0) and trace.proposal == PRIOR_NAME and trace.prompt_ids == prompt
             if own and wants_trace:
                 result.trace[g][k] = trace.completion.logps
             if not wants_gold(phase):
                 if not own:
-                    where.append((g, k, len(trace.ids)))
+                    where.append((g, k, len(trace.ids), 0))
                     requests.append(ScoreRequest(prompt, trace.ids, Law("reasoner")))
                 continue
             # the trace is a target only where its log-probabilities are still wanted: targets cost an LM-head row each
             scored = 0 if own or not wants_trace else len(trace.ids)
             behind = (*trace.ids, *prompts.cue_ids)
             context, target = (prompt, (*behind, *y)) if scored else ((*prompt, *behind), y)
-            where.append((g, k, scored))
+            where.append((g, k, scored, len(y)))
             requests.append(ScoreRequest(context, target, Law("reasoner")))
-    for (g, k, scored), logps in zip(where, score(requests, "prior"), strict=True):
-        if scored:
-            result.trace[g][k] = logps[:scored]
-        if wants_gold(phase):
-            result.answer[g][k] = logps[-len(prompts.answer_ids(groups[g].problem.answer)) :]
+    for (g, k, of_trace, of_answer), logps in zip(where, score(requests, "prior"), strict=True):
+        if of_trace:
+            result.trace[g][k] = logps[:of_trace]
+        if of_answer:
+            result.answer[g][k] = logps[-of_answer:]
     return result
 
 

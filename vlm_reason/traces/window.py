@@ -70,7 +70,7 @@ class WindowMaker:
         """One window and the preset's next state; `memory` takes the chains that `weigh` keeps. `sampling`
         prompts draw and score the traces, `training` prompts are trained."""
         started = time.perf_counter()
-        label = f"{phase.name}" if self.show_progress else None
+        label = phase.name if self.show_progress else None
         groups = self._draw(phase, problems, visits, traces, policy_version, memory, sampling, label)
         discarded: list[TraceGroup] = []
         if phase.null_group == "hint_retry":
