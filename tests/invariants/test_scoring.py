@@ -24,8 +24,9 @@ from vlm_reason.models.adapters import (
     trainable,
     use_adapter,
 )
-from vlm_reason.scoring import logprobs
-from vlm_reason.scoring.logprobs import log_law, microbatches, score_sequences
+from vlm_reason.scoring import head
+from vlm_reason.scoring.logprobs import batches, log_law, score_sequences
+from vlm_reason.scoring.padded import padded_batches
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -91,7 +92,7 @@ def test_chunks_of_the_head_change_nothing(
         return logps.detach(), [p.grad.clone() for p in tiny_llama.parameters()]
 
     whole, whole_grads = run()
-    monkeypatch.setattr(logprobs, "HEAD_ROWS", 4)
+    monkeypatch.setattr(head, "CHUNK", 4 * 64)
     parts, parts_grads = run()
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     for ours, theirs in zip(parts_grads, whole_grads, strict=True):
@@ -128,7 +129,7 @@ def test_microbatched_gradients_add_up(tiny_llama: LlamaForCausalLM) -> None:
     gradients = []
     for budget in (10_000, 40, 1):
         tiny_llama.zero_grad()
-        for chosen in microbatches([len(c) + len(t) for c, t in batch], budget):
+        for chosen, _ in batches(tiny_llama, batch, budget):
             score_sequences(tiny_llama, [batch[i] for i in chosen])[0].sum().backward()
         gradients.append(tiny_llama.model.layers[0].self_attn.q_proj.weight.grad.clone())
     for other in gradients[1:]:
@@ -202,18 +203,23 @@ def test_scores_under_a_truncated_law(tiny_llama: LlamaForCausalLM) -> None:
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
-def test_microbatches() -> None:
-    assert microbatches([3, 9, 2, 5, 5], 10) == [[1], [3, 4], [0, 2]]
-    assert microbatches([3, 9, 2, 5, 5], 1) == [[1], [3], [4], [0], [2]]
-    assert microbatches([3, 9, 2, 5, 5], 45) == [[1, 3, 4, 0, 2]]
-    assert microbatches([0, 0], 1) == [[0], [1]]
-    assert microbatches([], 8) == []
+def rows(lengths: list[int], budget: int) -> list[list[int]]:
+    return [batch.members for batch in padded_batches(lengths, budget)]
+
+
+def test_padded_batches() -> None:
+    assert rows([3, 9, 2, 5, 5], 10) == [[1], [3, 4], [0, 2]]
+    assert rows([3, 9, 2, 5, 5], 1) == [[1], [3], [4], [0], [2]]
+    assert padded_batches([3, 9, 2, 5, 5], 45) == [([1, 3, 4, 0, 2], 45)]
+    assert rows([0, 0], 1) == [[0], [1]]
+    assert rows([], 8) == []
     with pytest.raises(ValueError, match="token_budget must be >= 1, got 0"):
-        microbatches([1], 0)
+        padded_batches([1], 0)
 
 
-def test_microbatches_keep_the_budget() -> None:
+def test_padded_batches_keep_the_budget() -> None:
     lengths = [random.Random(3).randrange(1, 60) for _ in range(200)] + [500]
-    batches = microbatches(lengths, 128)
-    assert sorted(i for batch in batches for i in batch) == list(range(201))
-    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 128 for b in batches)
+    cut = padded_batches(lengths, 128)
+    assert sorted(i for batch in cut for i in batch.members) == list(range(201))
+    assert all(b.tokens == max(lengths[i] for i in b.members) * len(b.members) for b in cut)
+    assert all(len(b.members) == 1 or b.tokens <= 128 for b in cut)
