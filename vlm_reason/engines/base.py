@@ -11,8 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from ..errors import UserError
 from ..types import Completion
 from ..types import StopRule as StopRule
+
+
+class EngineLost(UserError):
+    """What samples went away and did not come back. The message names it. Nothing is wrong with the run: it can be
+    saved, and goes on where it stopped."""
 
 
 @dataclass(frozen=True)

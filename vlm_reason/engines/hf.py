@@ -8,7 +8,6 @@ step, where vLLM's paged continuous batching wins.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,11 @@ from ..compat.peft import lean_lora
 from ..errors import UserError
 from ..models.adapters import use_adapter
 from ..models.attention import folded_attention
-from ..scoring.logprobs import context_length, head_logits, microbatches, score_sequences, unwrap
+from ..scoring.logprobs import batches, context_length, head_logits, score_sequences, unwrap
 from ..types import Completion, Finish
 from .base import Law, SampleRequest, ScoreRequest
 from .cache import new_cache, select, shares_prefixes
+from .checks import check_sample, check_score, room
 from .draw import StopDetector, decode, draw, uniforms
 
 MIN_SHARED = 8
@@ -40,9 +40,9 @@ DROP_SHARE = 8
 class HFEngine:
     """Sample and score with `model` (a transformers causal language model, with PEFT adapters or without).
 
-    batch_size: rows decoded together. score_tokens: padded tokens scored together. Results do not depend on either,
-    nor on the order or company of requests, up to floating point. Text is generated until the stop rule, `max_tokens`
-    or the model's context is reached (finish `length` in both last cases).
+    batch_size: rows decoded together. score_tokens: tokens scored together, a shared prefix counted once. Results do
+    not depend on either, nor on the order or company of requests, up to floating point. Text is generated until the
+    stop rule, `max_tokens` or the model's context is reached (finish `length` in both last cases).
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class HFEngine:
 
     @torch.no_grad()  # not inference_mode: buffers a model refreshes in forward must stay usable in training
     def sample(self, requests: Sequence[SampleRequest], progress: str | None = None) -> list[Completion]:
-        self._check_sample(requests)
+        check_sample(requests, self.context)
         results: dict[int, Completion] = {}
         with _bar(progress, len(requests)) as bar:
             for law, indices in _by_law([r.law for r in requests]):
@@ -86,40 +86,19 @@ class HFEngine:
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoreRequest], progress: str | None = None) -> list[tuple[float, ...]]:
-        self._check_score(requests)
+        check_score(requests, self.context)
         results: dict[int, tuple[float, ...]] = {}
         with _bar(progress, len(requests)) as bar:
             for law, indices in _by_law([r.law for r in requests]):
+                pairs = [(requests[i].context_ids, requests[i].target_ids) for i in indices]
                 with self._serving(law):
-                    shared = self._shared_context([requests[i].context_ids for i in indices])
-                    skip = 0 if shared is None else shared.get_seq_length()
-                    lengths = [
-                        len(requests[i].context_ids) - skip + len(requests[i].target_ids) for i in indices
-                    ]
-                    for chosen in microbatches(lengths, self.score_tokens):
-                        batch = [requests[indices[j]] for j in chosen]
-                        pairs = [(r.context_ids[skip:], r.target_ids) for r in batch]
-                        past = copy.deepcopy(shared)
-                        if past is not None:
-                            select(past, [0] * len(batch), next(self.model.parameters()).device)
-                        logps = score_sequences(self.model, pairs, law.temperature, law.top_p, past)[
-                            0
-                        ].tolist()
-                        for j, request, row in zip(chosen, batch, logps, strict=True):
-                            results[indices[j]] = tuple(row[: len(request.target_ids)])
-                        bar.update(len(chosen))
+                    for batch in batches(self.model, pairs, self.score_tokens):
+                        chosen = [pairs[j] for j in batch.members]
+                        logps, _ = score_sequences(self.model, chosen, law.temperature, law.top_p)
+                        for j, row in zip(batch.members, logps.tolist(), strict=True):
+                            results[indices[j]] = tuple(row[: len(pairs[j][1])])
+                        bar.update(len(batch.members))
         return [results[i] for i in range(len(requests))]
-
-    def _shared_context(self, contexts: list[tuple[int, ...]]) -> Cache | None:
-        """The cache of what all contexts begin with (worked examples, usually), run once; None if that is not much."""
-        causal = unwrap(self.model)
-        cache = new_cache(causal.config)
-        length = _common_prefix(contexts) if len(contexts) > 1 and shares_prefixes(cache) else 0
-        if length < MIN_SHARED:
-            return None
-        device = next(causal.parameters()).device
-        _backbone(causal, torch.tensor([contexts[0][:length]], device=device), cache, None, None)
-        return cache
 
     @contextmanager
     def _serving(self, law: Law) -> Iterator[None]:
@@ -133,7 +112,7 @@ class HFEngine:
     def _sample_batch(self, requests: list[SampleRequest], law: Law, bar: tqdm) -> list[Completion]:
         causal = unwrap(self.model)
         device = next(causal.parameters()).device
-        caps = [self._cap(r) for r in requests]
+        caps = [room(r, self.context) for r in requests]
         steps = max(caps)
         table = np.stack(
             [np.resize(uniforms(r.seed, cap), steps) for r, cap in zip(requests, caps, strict=True)]
@@ -173,35 +152,6 @@ class HFEngine:
         assert row.finish is not None
         text = decode(self.tokenizer, row.ids, special=False)
         return Completion(tuple(row.ids), tuple(row.logps), text, row.finish, request.seed)
-
-    def _cap(self, request: SampleRequest) -> int:
-        room = request.max_tokens if self.context is None else self.context - len(request.prompt_ids)
-        return min(request.max_tokens, room)
-
-    def _check_sample(self, requests: Sequence[SampleRequest]) -> None:
-        for i, request in enumerate(requests):
-            if not request.prompt_ids:
-                raise UserError(f"sample request {i} has an empty prompt; give at least one token")
-            if request.max_tokens < 1:
-                raise UserError(f"sample request {i}: max_tokens must be >= 1, got {request.max_tokens}")
-            if any(not s for s in request.stop.strings):
-                raise UserError(f"sample request {i} has an empty stop string, which every text holds")
-            if self._cap(request) < 1:
-                raise UserError(
-                    f"sample request {i}: the prompt has {len(request.prompt_ids)} tokens and the model's context is "
-                    f"{self.context}; shorten the prompt (it is never truncated silently)"
-                )
-
-    def _check_score(self, requests: Sequence[ScoreRequest]) -> None:
-        for i, request in enumerate(requests):
-            if not request.context_ids:
-                raise UserError(f"score request {i} has an empty context; give at least one token")
-            total = len(request.context_ids) + len(request.target_ids)
-            if self.context is not None and total > self.context + 1:  # the last target is never an input
-                raise UserError(
-                    f"score request {i}: context and target have {total} tokens and the model's context is "
-                    f"{self.context}; shorten them (nothing is truncated silently)"
-                )
 
 
 @dataclass
