@@ -3,9 +3,12 @@
     python evals/quickstart_ablation.py --quickstart runs/quickstart             rows of a finished quickstart
     python evals/quickstart_ablation.py --seeds 0 1 --only vr rft vr_no_gate     more seeds, other axes
 
-All rows spend the tokens (generated + trained) that `vr` with the first seed spent, on the same problems
-and the same held-out set; only the named options differ. Finished rows are read back, so rows can be added one at a
-time. Writes evals/results/quickstart_ablation.json after every row.
+All rows of a seed spend the tokens (generated + trained) that its `vr` spent, on the same problems and the same
+held-out set; only the named options differ (and the rounds, high enough for the tokens to decide). Finished rows are
+read back, so rows can be added one at a time. Writes evals/results/quickstart_ablation.json after every row.
+
+With several seeds a `pooled` row follows: a problem's score is its mean over the seeds, and differences are paired on
+problems. Its interval says how far the held-out problems bear it out; `per_seed` shows what another run would change.
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ VARIANTS: dict[str, tuple[str, list[str], str]] = {
         "prior + hinted mixture, ratio clipped at 1, least-likely-token gate, wake",
     ),
     "rft": ("quickstart_rft.yaml", [], "no hints: rejection sampling from the current model"),
+    "vr_tight": (
+        "quickstart.yaml",
+        ["options.min_token=-2", "options.wake=none", "trainer.rounds=5"],
+        "gate at -2 nats, no wake: fewer leaks, and half the tokens a trained trace",
+    ),
     "vr_no_gate": ("quickstart.yaml", ["options.min_token=null"], "without the gate"),
     "vr_full_ratio": (
         "quickstart.yaml",
@@ -61,21 +69,28 @@ def main() -> int:
         "--quickstart", type=Path, help="take base, vr, rft and sft from this quickstart folder, and stop"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--problems",
+        type=int,
+        default=1000,
+        help="drawn for evaluation, before those of training are left out",
+    )
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     if arguments.quickstart is not None:
         _write(_from_quickstart(arguments.quickstart), arguments.output)
         return 0
     stages = quickstart.Stages(arguments.output / "stages")
-    budget = _train(stages, arguments.output, "vr", arguments.seeds[0], None)["tokens_used"]
     shots = quickstart.MEASURED["base_shots"]
-    base = _evaluate(stages, arguments.output, "base", 0, shots)
+    base = _evaluate(stages, arguments.output, "base", 0, shots, arguments.problems)
     rows = [{"name": "base", "what": f"{shots} worked examples in the prompt", **_row(base)}]
+    results: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
+        budget = _train(stages, arguments.output, "vr", seed, None)["tokens_used"]
         for name in arguments.only:
-            first = name == "vr" and seed == arguments.seeds[0]
-            trained = _train(stages, arguments.output, name, seed, None if first else budget)
-            result = _evaluate(stages, arguments.output, name, seed, 0)
+            trained = _train(stages, arguments.output, name, seed, None if name == "vr" else budget)
+            result = _evaluate(stages, arguments.output, name, seed, 0, arguments.problems)
+            results.setdefault(name, []).append(result)
             rows.append(
                 {
                     "name": name,
@@ -87,8 +102,36 @@ def main() -> int:
                     "minus_rft": _against(stages, arguments.output, "rft", seed, result),
                 }
             )
-            _write(rows, arguments.output)
+            _write(rows + _pooled(results, base), arguments.output)
     return 0
+
+
+def _pooled(results: dict[str, list[dict[str, Any]]], base: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a variant that has been run with several seeds."""
+    means = {name: _mean_per_problem(runs) for name, runs in results.items()}
+    rows = []
+    for name, runs in results.items():
+        if len(runs) < 2:
+            continue
+        reference = {"per_problem": means["rft"]} if len(results.get("rft", [])) == len(runs) else None
+        own = {"per_problem": means[name]}
+        rows.append(
+            {
+                "name": f"{name} pooled",
+                "what": VARIANTS[name][2],
+                "seeds": len(runs),
+                "value": sum(means[name].values()) / len(means[name]),
+                "per_seed": [run["accuracy"]["value"] for run in runs],
+                "problems": len(means[name]),
+                "minus_base": _difference(own, base),
+                "minus_rft": None if reference is None or name == "rft" else _difference(own, reference),
+            }
+        )
+    return rows
+
+
+def _mean_per_problem(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: sum(run["per_problem"][key] for run in runs) / len(runs) for key in runs[0]["per_problem"]}
 
 
 def _from_quickstart(folder: Path) -> list[dict[str, Any]]:
@@ -118,7 +161,8 @@ def _from_quickstart(folder: Path) -> list[dict[str, Any]]:
 
 def _config(output: Path, name: str, seed: int, budget: int | None) -> Any:
     recipe, options, _ = VARIANTS["vr" if name == "base" else name]
-    spent = [] if budget is None else [f"trainer.token_budget={budget}", "trainer.rounds=12"]
+    rounds = [] if name in ("vr", "rft", "base", "vr_tight") else ["trainer.rounds=4"]
+    spent = [] if budget is None else [f"trainer.token_budget={budget}", *rounds]
     return quickstart.config_of(recipe, output / f"{name}_{seed}", [*options, f"seed={seed}", *spent])
 
 
@@ -130,13 +174,14 @@ def _train(stages: Any, output: Path, name: str, seed: int, budget: int | None) 
     return stages.run(f"train_{name}_{seed}", to_dict(config), lambda: run_training(config))
 
 
-def _evaluate(stages: Any, output: Path, name: str, seed: int, shots: int) -> dict[str, Any]:
+def _evaluate(stages: Any, output: Path, name: str, seed: int, shots: int, problems: int) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         config = _config(output, name, seed, None)
+        config.eval_task["size"] = problems
         adapters = None if name == "base" else Path(config.output_dir) / "adapters"
         return quickstart.Held(config, adapters, shots).accuracy(f"{name} {seed}")
 
-    return stages.run(f"eval_{name}_{seed}", [name, seed, shots], work)
+    return stages.run(f"eval_{name}_{seed}", [name, seed, shots, problems], work)
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from vlm_reason.atomic import write_atomically
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.config import RunConfig, from_dict, load_config, to_dict
 from vlm_reason.errors import UserError
 
@@ -77,6 +78,22 @@ class Stages:
         }
 
 
+class Remembering:
+    """An engine that answers a request it has seen from memory: a sample is a function of its request and the weights,
+    and the bound and the ranking ask for the same traces."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.seen = engine, {}
+
+    def sample(self, requests: Any, progress: str | None = None) -> list[Any]:
+        new = [r for r in dict.fromkeys(requests) if r not in self.seen]
+        self.seen |= dict(zip(new, self.engine.sample(new, progress) if new else [], strict=True))
+        return [self.seen[r] for r in requests]
+
+    def score(self, requests: Any, progress: str | None = None) -> list[tuple[float, ...]]:
+        return self.engine.score(requests, progress)
+
+
 class Held:
     """A model on the held-out problems: accuracy (greedy), the bound, and ranked rationales."""
 
@@ -94,7 +111,7 @@ class Held:
             model = add_adapters(model, adapter_config(config), names=("reasoner",))
             load_adapters(model, adapters, names=("reasoner",))
         self.adapter = "reasoner" if adapters is not None else None
-        self.engine = make_engine(model, tokenizer, config.engine)
+        self.engine = Remembering(make_engine(model, tokenizer, config.engine))
         self.prompts = PromptBuilder(tokenizer, resolve_template(config.template), shots=shots)
         spec = from_dict(TaskSpec, config.eval_task, "eval_task")
         self.problems = held_out(load_problems(spec), load_problems(from_dict(TaskSpec, config.task, "task")))
@@ -397,6 +414,7 @@ def main() -> int:
         "overrides", nargs="*", metavar="key=value", help="config overrides, as for vlm-reason train"
     )
     arguments = parser.parse_args()
+    keep_stdout_clean()
     try:
         summary = run(arguments.output, arguments.overrides)
     except UserError as error:

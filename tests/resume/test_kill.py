@@ -145,7 +145,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_twice_and_interrupted_once_equals_untouched(write_config, tmp_path):
-    rounds = 8  # 64 steps: idle ones take milliseconds, and the last signal must land well before the end
+    rounds = 16  # 128 steps: idle ones take milliseconds, and the last signal must land well before the end
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     run_training(read(write_config("whole", rounds)), show_progress=False)
     config = write_config("stopped", rounds)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm_reason.cli.main import build_parser
 from vlm_reason.config import RunConfig
-from vlm_reason.engines.make import EngineConfig
+from vlm_reason.engines.make import EngineConfig, VLLMConfig
 from vlm_reason.evaluation import EvalConfig
 from vlm_reason.models.adapters import AdapterConfig
 from vlm_reason.ranking import METHODS
@@ -39,6 +39,7 @@ def test_every_key_is_in_its_table() -> None:
     assert keys_behind("`task`, `eval_task` (") == fields(TaskSpec)
     assert keys_behind("\n`adapter`:") == fields(AdapterConfig) | {"full"}
     assert keys_behind("\n`engine` (") == fields(EngineConfig)
+    assert keys_behind("\n`engine`, `kind: vllm` (") == fields(VLLMConfig) - fields(EngineConfig)
     assert keys_behind("`sampling`, `evaluation` (") == fields(EvalConfig) - {"adapter"} | {"bound_traces"}
     template = PAGE[PAGE.index("`template` as a section") : PAGE.index("\n`adapter`:")]
     assert fields(Template) - {"name", "question"} <= set(quoted(template))

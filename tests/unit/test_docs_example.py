@@ -96,7 +96,7 @@ def test_the_python_api_block_runs(tiny_llama, tiny_tokenizer, tmp_path, monkeyp
 
     asked = []
 
-    def load(name, dtype):
+    def load(name, dtype, device):
         asked.append(name)
         return tiny_llama, tiny_tokenizer
 
@@ -133,7 +133,7 @@ def test_the_settings_table_has_every_setting_and_its_default(tmp_path):
         keys = re.findall(r"`([^`]+)`", key)
         values = [v.strip("` ") for v in default.split(",")] if default else []
         for name, value in zip(keys, values, strict=False):
-            spoken = {"none": None, "the recipe's": None, "true": True}
+            spoken = {"none": None, "the recipe's": None, "true": True, "false": False}
             if name == "report_to":
                 assert own[name] == value
             elif value in spoken:

@@ -40,8 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "engines": BASE | {"compat"} | SOURCES | {"scoring"},
     **{name: _shared for name in LATENTS},
     **{name: _shared | LATENTS for name in JUDGES},
+    "planning": BASE | SOURCES | ENGINES | {"traces"},
     "__main__": {"cli"},
-    "cli": _shared | {"exact"} | LATENTS | JUDGES,
+    "cli": _shared | {"exact", "planning"} | LATENTS | JUDGES,
 }
 
 # One module, not its whole folder, may reach further: the engine over an enumerable world.

@@ -482,6 +482,13 @@ def test_folded_attention_is_the_models_own(tiny_llama: LlamaForCausalLM, padded
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
+def test_target_modules_may_be_a_regular_expression(tiny_llama: LlamaForCausalLM) -> None:
+    model = add_adapters(tiny_llama, AdapterConfig(target_modules=r".*\.(q|v)_proj"))
+    for name in ("reasoner", "posterior"):
+        modules = {key.split(".")[-4] for key in adapter_parameters(model, name)}
+        assert modules == {"q_proj", "v_proj"}
+
+
 def test_folded_attention_leaves_eager_alone_and_restores_after_an_error(
     tiny_llama: LlamaForCausalLM,
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm_reason.cli.wiring import load_section, sampling_config
 from vlm_reason.config import RunConfig, from_dict, load_config
-from vlm_reason.engines.make import EngineConfig
+from vlm_reason.engines.make import engine_config
 from vlm_reason.models.adapters import AdapterConfig
 from vlm_reason.tasks.sources import TaskSpec
 from vlm_reason.tasks.verifiers import VERIFIERS
@@ -56,7 +56,7 @@ def test_every_key_is_known_to_the_module_that_owns_it(path: Path, tmp_path: Pat
     assert max(config.shots, args.proposal_shots) <= len(template.shots)
     assert config.verifier in VERIFIERS
     assert isinstance(adapter_config(config), AdapterConfig)
-    from_dict(EngineConfig, config.engine, "engine")
+    engine_config(config.engine)
     for section in ("task", "eval_task"):
         if getattr(config, section):
             from_dict(TaskSpec, getattr(config, section), section)

@@ -14,8 +14,10 @@ from vlm_reason.engines.rollout import Draw, roll_out
 from vlm_reason.tasks.prompts import PromptBuilder
 from vlm_reason.tasks.verifiers import make_verifier
 from vlm_reason.traces import Component, Evidence, Phase, Proposal
-from vlm_reason.traces.measure import measure, verify_answers
+from vlm_reason.traces.measure import measure, sampling_law, verify_answers
+from vlm_reason.traces.mismatch import Mismatch, compare
 from vlm_reason.traces.recipe import PRIOR
+from vlm_reason.traces.replay import CHAIN
 from vlm_reason.types import Coefficients
 
 PROBLEMS = [problem(1), problem(2), problem(3)]
@@ -136,6 +138,63 @@ def test_traces_of_the_model_itself_are_not_scored_again(engine, prompts):
             assert own == pytest.approx(total(engine, trace.prompt_ids, trace.ids, Law("reasoner")), abs=1e-3)
 
 
+def test_without_reuse_everything_is_scored_and_compared(engine, prompts):
+    groups = draw(engine, prompts, [Draw()] * 2)
+    reused = measure(groups, phase(PRIOR), engine, prompts, None)
+    assert reused.reused_tokens == 2 * sum(len(t.ids) for g in groups for t in g.traces)  # for pi and for r
+    assert reused.mismatch.metrics()["mismatch/mean"] is None
+    scored = measure(groups, phase(PRIOR), engine, prompts, None, reuse=False)
+    assert len(engine.scored) == len(set(engine.scored)) == 6 and scored.reused_tokens == 0
+    for name in ("logp_prior", "logq"):
+        ours, theirs = getattr(scored.scores, name), getattr(reused.scores, name)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert scored.mismatch.tokens == sum(len(t.ids) for g in groups for t in g.traces)
+    assert scored.mismatch.largest < 1e-4
+
+
+def test_some_traces_are_compared_with_the_scorer(engine, prompts):
+    """Those of a sampler that lies by 0.1 nat a token are found out; the density stays the sampler's word."""
+    groups = draw(engine, prompts, [Draw(temperature=0.5, top_p=0.9)] * 2)
+    shifted = [
+        replace(
+            g,
+            traces=tuple(
+                replace(t, completion=replace(t.completion, logps=tuple(p - 0.1 for p in t.completion.logps)))
+                for t in g.traces
+            ),
+        )
+        for g in groups
+    ]
+    measured = measure(
+        shifted, phase(PRIOR, needs=()), engine, prompts, None, temperature=0.5, top_p=0.9, compared=2
+    )
+    assert engine.scored == [
+        ScoreRequest(g.traces[0].prompt_ids, g.traces[0].ids, Law("reasoner", 0.5, 0.9)) for g in groups[:2]
+    ]
+    metrics = measured.mismatch.metrics()
+    assert metrics["mismatch/tokens"] == sum(len(g.traces[0].ids) for g in groups[:2])
+    assert metrics["mismatch/mean"] == pytest.approx(0.1, abs=1e-4)
+    assert metrics["mismatch/max"] == pytest.approx(0.1, abs=1e-4)
+    assert metrics["mismatch/kl"] == pytest.approx(math.exp(0.1) - 0.1 - 1, abs=1e-5)
+    assert metrics["mismatch/outside"] == 0
+
+
+def test_mismatch_by_hand():
+    a = compare([(-1.0, -2.0), (-0.5,)], [(-1.25, -1.5), (-math.inf,)])
+    assert a == Mismatch(2, 0.75, 0.5, math.expm1(-0.25) + 0.25 + math.expm1(0.5) - 0.5, 1)
+    b = compare([(-1.0,)], [(-2.0,)])
+    assert a + b == compare([(-1.0, -2.0), (-0.5,), (-1.0,)], [(-1.25, -1.5), (-math.inf,), (-2.0,)])
+    assert (a + b).metrics()["mismatch/mean"] == 1.75 / 3
+
+
+def test_given_and_stored_traces_have_no_sampling_law(engine, prompts):
+    trace = draw(engine, prompts, [Draw()])[0].traces[0]
+    assert sampling_law(trace, 0.5, 0.9) == Law("reasoner", 0.5, 0.9)
+    assert sampling_law(replace(trace, proposal="base/prior"), 1.0, 1.0) == Law(None)
+    assert sampling_law(replace(trace, proposal="dataset"), 1.0, 1.0) is None
+    assert sampling_law(replace(trace, proposal=CHAIN), 1.0, 1.0) is None
+
+
 def test_a_tempered_trace_keeps_its_density_and_is_scored_for_the_prior(engine, prompts):
     groups = draw(engine, prompts, [Draw(temperature=0.5)] * 2)
     scores = measure(groups, phase(PRIOR), engine, prompts, None, temperature=0.5).scores
@@ -159,7 +218,7 @@ def test_a_trace_of_another_prompt_is_scored_again(engine, prompts, tiny_tokeniz
     groups = draw(engine, few_shot, [Draw()], problems=PROBLEMS[:1])
     scores = measure(groups, phase(PRIOR), engine, prompts, None).scores
     trace = groups[0].traces[0]
-    assert [r.context_ids for r in engine.scored] == [prompts.prior_ids(PROBLEMS[0])] * 2  # for pi and for r
+    assert [r.context_ids for r in engine.scored] == [prompts.prior_ids(PROBLEMS[0])]  # once for pi and for r
     bare = total(engine, prompts.prior_ids(PROBLEMS[0]), trace.ids, Law("reasoner"))
     assert float(scores.logp_prior[0, 0]) == pytest.approx(bare, abs=1e-3)
     assert abs(bare - sum(trace.completion.logps)) > 0.05

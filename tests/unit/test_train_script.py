@@ -51,6 +51,14 @@ def test_it_is_the_train_command(script, config, monkeypatch, capfd) -> None:
     [
         (["kind=bayes"], "kind: 'bayes' is not one of 'trace'"),
         (["preset=vrr"], "unknown preset 'vrr'; did you mean 'vr'?"),
+        (
+            ["trainer.deepspeed=none.json"],
+            "trainer.deepspeed: no file 'none.json'; configs/deepspeed/ has some to start from",
+        ),
+        (
+            [f"trainer.deepspeed={__file__}"],
+            f"trainer.deepspeed: {__file__!r} is not valid JSON: Extra data: line 1 column 3 (char 2)",
+        ),
         ([], "data file 'absent.jsonl' does not exist; paths are relative to the current folder"),
     ],
 )
@@ -70,16 +78,12 @@ def test_of_many_processes_the_first_says_what_is_wrong(script, config, monkeypa
     ("devices", "message"),
     [
         (
-            {"world_size": 2, "n_gpu": 1},
-            "training runs in one process, and 2 were launched: start it without",
-        ),
-        (
             {"world_size": 1, "n_gpu": 4},
-            "training runs on one GPU, and 4 are visible: choose one, as in CUDA_",
+            "one process trains on one GPU, and 4 are visible: start one process a GPU, as in accelerate launch",
         ),
     ],
 )
-def test_more_than_one_device_is_refused_before_anything_is_loaded(
+def test_several_gpus_to_one_process_are_refused_before_anything_is_loaded(
     config, monkeypatch, capfd, script, devices, message
 ) -> None:
     (config.parent / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
@@ -87,6 +91,14 @@ def test_more_than_one_device_is_refused_before_anything_is_loaded(
     rows = f"task.name={config.parent / 'rows.jsonl'}"
     assert script.main(["--config", str(config), rows, "model=no/such/model"]) == 2
     assert message in capfd.readouterr().err and not (config.parent / "run").exists()
-    with pytest.raises(UserError, match="training runs"):
+    with pytest.raises(UserError, match="one process trains on one GPU"):
         checks.check_devices(Namespace(**devices))
-    checks.check_devices(Namespace(world_size=1, n_gpu=0))
+    checks.check_devices(Namespace(world_size=1, n_gpu=0, fsdp2=False))
+
+
+def test_fsdp2_in_a_single_process_is_refused_before_anything_is_loaded(config, capfd, script) -> None:
+    (config.parent / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    settings = [f"task.name={config.parent / 'rows.jsonl'}", "model=no/such/model", "trainer.fsdp2=true"]
+    assert script.main(["--config", str(config), *settings]) == 2
+    assert "configs/accelerate/fsdp2.yaml --num_processes N" in capfd.readouterr().err
+    assert not (config.parent / "run").exists()

@@ -1,4 +1,4 @@
-"""vlm-reason train|sample|rank|eval CONFIG [key=value ...]
+"""vlm-reason train|sample|rank|eval|plan|serve CONFIG [key=value ...]
 
 Exit status: 0 done; 1 the machine failed (a full disk, no permission); 2 something to mend in the input; 130
 Ctrl-C. Each failure is one line on stderr. With --json stdout holds one JSON object and nothing else,
@@ -13,12 +13,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..compat.deepspeed_log import keep_stdout_clean
 from ..errors import UserError
-from . import evaluate, rank, sample, train
+from . import evaluate, plan, rank, sample, serve, train
 from .command import Command
 from .output import dump_json, json_stdout
 
-COMMANDS: tuple[Command, ...] = (train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND)
+COMMANDS: tuple[Command, ...] = (
+    train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND, plan.COMMAND, serve.COMMAND,
+)  # fmt: skip
 
 _DESCRIPTION = """\
 Post-train language models whose chain of thought is a latent variable, sample and rank rationales,
@@ -31,6 +34,8 @@ examples:
   vlm-reason sample recipe.yaml                      draw rationales into OUTPUT_DIR/samples
   vlm-reason rank recipe.yaml --method mixture       order answers and rationales of each problem
   vlm-reason eval recipe.yaml --json > result.json   accuracy with intervals, base against trained
+  vlm-reason plan recipe.yaml --device h100          time, tokens and memory before it starts
+  vlm-reason serve recipe.yaml                       a vLLM server for engine.mode server
 
 vlm-reason COMMAND --help says more of each."""
 
@@ -43,6 +48,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run the command in `options` and print its result; the exit status. Each failure that is not ours is one line."""
     # OpenMP reads this when torch is imported. Its spinning barriers cost several times the work on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_stdout_clean()
     command: Command = options.command
     if options.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which no command has done yet

@@ -19,7 +19,9 @@ examples:
   vlm-reason train configs/recipes/vr_gsm8k.yaml model=Qwen/Qwen2.5-0.5B-Instruct output_dir=runs/qwen
   vlm-reason train recipe.yaml preset=rft trainer.traces_per_prompt=16 trainer.learning_rate=1e-4
 
-From a launcher (one process): accelerate launch scripts/train.py --config CONFIG"""
+In several processes:
+  accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 \\
+      scripts/train.py --config CONFIG"""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..config import RunConfig, from_dict, load_config
+from ..engines.launch import enter_environment
 from ..errors import UserError
 from .output import note
 
@@ -29,7 +30,10 @@ ADAPTER_OF: Mapping[System, str | None] = {"base": None, "trained": "reasoner"}
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:
-    return from_dict(RunConfig, load_config(options.config, options.overrides))
+    """The config of a command. A process that vLLM is going to run in is started again in the environment it needs."""
+    config = from_dict(RunConfig, load_config(options.config, options.overrides))
+    enter_environment(config.engine)
+    return config
 
 
 def add_problem_choice(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +185,7 @@ def provenance(served: Served, settings: EvalConfig) -> Provenance:
     builder = served.builder
     return Provenance(
         weights=served.weights,
-        engine=f"hf transformers-{version('transformers')} torch-{version('torch')}",
+        engine=f"{_engine_name(served.engine)} torch-{version('torch')}",
         temperature=settings.temperature,
         top_p=settings.top_p,
         parameters={
@@ -189,6 +193,17 @@ def provenance(served: Served, settings: EvalConfig) -> Provenance:
             "max_trace_tokens": settings.max_trace_tokens,
             "max_answer_tokens": settings.max_answer_tokens,
         },
+    )
+
+
+def _engine_name(engine: Engine) -> str:
+    from ..compat.vllm import installed_version
+    from ..engines.vllm import VLLMEngine
+
+    return (
+        f"vllm-{installed_version()}"
+        if isinstance(engine, VLLMEngine)
+        else f"hf transformers-{version('transformers')}"
     )
 
 

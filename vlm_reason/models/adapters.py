@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,11 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError, nearest
+from .sharding import set_whole, whole_shape
 
 REASONER = "reasoner"
 POSTERIOR = "posterior"
@@ -74,7 +74,8 @@ def add_adapters(
             )
         except ValueError as error:  # PEFT's: a target module that the model has not
             raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
-        resolved = tuple(sorted(cast(LoraConfig, wrapped.peft_config[names[0]]).target_modules or ()))
+        found = cast(LoraConfig, wrapped.peft_config[names[0]]).target_modules or ()
+        resolved = found if isinstance(found, str) else tuple(sorted(found))  # a regular expression stays one
         for name in names[1:]:
             wrapped.add_adapter(name, _lora_config(config, resolved))
     for name in names:
@@ -90,14 +91,13 @@ def reset_adapter(model: PeftModel, name: str, seed: int) -> None:
     state nor on what was initialised before, and the two adapters differ.
     """
     for key, parameter in adapter_parameters(model, name).items():
-        with torch.no_grad():
-            if ".lora_A." in key:
-                digest = hashlib.blake2b(f"{seed}\x1f{key}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-                bound = parameter.shape[1] ** -0.5
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-            else:
-                parameter.zero_()
+        value = torch.zeros(whole_shape(parameter))
+        if ".lora_A." in key:
+            digest = hashlib.blake2b(f"{seed}\x1f{key}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            bound = value.shape[1] ** -0.5
+            value.uniform_(-bound, bound, generator=generator)
+        set_whole(parameter, value)
 
 
 @contextmanager
@@ -148,34 +148,42 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {k: p for k, p in model.named_parameters() if "lora_" in k and name in k.split(".")}
 
 
-def save_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | None = None) -> None:
+def save_adapters(
+    model: PeftModel,
+    folder: str | Path,
+    names: Iterable[str] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write every adapter to `folder/<name>/`, a stock PEFT folder (`adapter_config.json` and
-    `adapter_model.safetensors`) that `PeftModel.from_pretrained(base, folder / name)` loads."""
+    `adapter_model.safetensors`) that `PeftModel.from_pretrained(base, folder / name)` loads. `whole`: the tensors of a
+    sharded model's adapters by parameter name, already gathered."""
     names = list(model.peft_config) if names is None else [_known(model, name) for name in names]
     # "auto" would ask the hub for the base model's vocabulary size; adapters here never touch the embeddings.
-    model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+    state = None if whole is None else dict(whole)
+    model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False, state_dict=state)
 
 
 def load_adapters(model: PeftModel, folder: str | Path, names: Iterable[str] | None = None) -> None:
     """Copy the adapters saved under `folder` into `model` in place, bit for bit; flags and active adapter stay.
-    All of them fit, or none is touched."""
-    pairs: list[tuple[Tensor, Tensor]] = []
+    All of them fit, or none is touched. Collective where the model is sharded."""
+    pairs: list[tuple[nn.Parameter, Tensor]] = []
     for name in list(model.peft_config) if names is None else names:
         pairs += _matched(model, _known(model, name), Path(folder))
-    with torch.no_grad():
-        for own, saved in pairs:
-            own.copy_(saved)
+    for own, saved in pairs:
+        set_whole(own, saved)
 
 
-def _matched(model: PeftModel, name: str, folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """(tensor of the model, tensor on disk) of one adapter."""
+def _matched(model: PeftModel, name: str, folder: Path) -> list[tuple[nn.Parameter, Tensor]]:
+    """(parameter of the model, tensor on disk) of one adapter."""
     path = folder / name / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"no adapter {name!r} in {folder}: {path.name} is missing there")
     saved = load_file(path)
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {key.replace(f".{name}.", "."): p for key, p in adapter_parameters(model, name).items()}
     both = own.keys() & saved.keys()
-    wrong = sorted((own.keys() ^ saved.keys()) | {key for key in both if own[key].shape != saved[key].shape})
+    wrong = sorted(
+        (own.keys() ^ saved.keys()) | {key for key in both if whole_shape(own[key]) != saved[key].shape}
+    )
     if wrong:
         raise UserError(
             f"adapter {name!r} in {folder} does not fit the model: {len(wrong)} of {len(own)} tensors differ in "

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..compat.hub import hub_answers
 from ..errors import UserError, nearest
@@ -17,6 +25,10 @@ from .builtin import BUILTINS, ensure_builtin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+UNREADABLE = (OSError, ValueError, StrictDataclassError)
+"""What transformers raises for a model it cannot read: ConnectionError, hub and safetensors errors are among the first
+two, a value of the wrong type in config.json is the third."""
 
 
 def load_model(
@@ -32,15 +44,28 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
+    tokenizer = load_tokenizer(name_or_path)
     source = _resolve(name_or_path)
     local = Path(source).is_dir() or not hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, local_files_only=local
         )
-    except (OSError, ValueError) as error:  # ConnectionError, hub and safetensors errors are among them
+    except UNREADABLE as error:
+        raise _as_user_error(error, name_or_path) from error
+    disable_dropout(model)
+    nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, padding on the left. UserError as `load_model`."""
+    source = _resolve(name_or_path)
+    local = Path(source).is_dir() or not hub_answers()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except UNREADABLE as error:
         raise _as_user_error(error, name_or_path) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -49,9 +74,18 @@ def load_model(
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    disable_dropout(model)
-    nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def load_model_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The config of what `load_model` would load; a folder needs no more than its config.json. UserError as there."""
+    source = _resolve(name_or_path)
+    local = Path(source).is_dir() or not hub_answers()
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
+    except UNREADABLE as error:
+        raise _as_user_error(error, name_or_path) from error
+    return config
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -112,7 +146,8 @@ def _resolve(name_or_path: str | Path) -> str:
 
 def _as_user_error(error: Exception, name_or_path: str | Path) -> UserError:
     name = str(name_or_path)
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]
     if Path(name).expanduser().is_dir() or name in BUILTINS:
         return UserError(f"cannot load the model in {name!r}: {reason}")
     return UserError(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from ..atomic import sync, write_atomically
 from ..errors import UserError
+from ..types import Problem
+from .ahead import Drawn, drawn_from_json, drawn_to_json
+from .distributed import Ranks
+from .parallel import Parallel
 from .recipe import State
 from .replay import ChainMemory
 from .rows import Row
@@ -34,12 +39,13 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 @dataclass
 class TraceState:
     """What a run carries from step to step beside weights and optimiser: the window in hand, each phase's preset state,
-    the chains, and the tokens spent."""
+    the chains, the tokens spent, and the next window if it is drawn already."""
 
     window: Window | None
     presets: list[State]
     chains: ChainMemory
     tokens_used: int = 0
+    ahead: Drawn | None = None
 
 
 def save_trace_state(folder: str | Path, state: TraceState, identity: dict[str, Any]) -> None:
@@ -55,14 +61,18 @@ def save_trace_state(folder: str | Path, state: TraceState, identity: dict[str, 
         "presets": [{k: v for k, v in own.items() if not torch.is_tensor(v)} for own in state.presets],
         "chains": state.chains.to_json(),
         "tokens_used": state.tokens_used,
+        "ahead": None if state.ahead is None else drawn_to_json(state.ahead),
     }
     folder = Path(folder)
     (folder / STATE_FILE).write_text(json.dumps(body))
     save_file(tensors, folder / TENSOR_FILE)
 
 
-def load_trace_state(folder: str | Path, identity: dict[str, Any]) -> TraceState:
-    """Read back what `save_trace_state` wrote. UserError when it belongs to another run."""
+def load_trace_state(
+    folder: str | Path, identity: dict[str, Any], problems: Sequence[Problem] = ()
+) -> TraceState:
+    """Read back what `save_trace_state` wrote; `problems` are those of the run. UserError when it belongs to another
+    run."""
     folder = Path(folder)
     try:
         body = json.loads((folder / STATE_FILE).read_text())
@@ -84,7 +94,24 @@ def load_trace_state(folder: str | Path, identity: dict[str, Any]) -> TraceState
         index, key = name.split(".", 1)
         presets[int(index)][key] = value
     window = None if body["window"] is None else _window_from_json(body["window"])
-    return TraceState(window, presets, ChainMemory.from_json(body["chains"]), body["tokens_used"])
+    ahead = None if body.get("ahead") is None else drawn_from_json(body["ahead"], problems)
+    return TraceState(window, presets, ChainMemory.from_json(body["chains"]), body["tokens_used"], ahead)
+
+
+def save_optimizer(parallel: Parallel, scheduler: Any, folder: Path, ranks: Ranks) -> None:
+    """A sharded optimiser's state, whole, in the files and the form of one process. Collective; rank 0 writes."""
+    state = parallel.read_state()
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / "optimizer.pt")
+        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+
+
+def load_optimizer(parallel: Parallel, scheduler: Any, folder: Path) -> None:
+    """Each process takes its part of what `save_optimizer`, or one process, wrote."""
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+    parallel.write_state(state)
+    scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
 
 def _window_to_json(window: Window) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from ..errors import UserError
@@ -16,16 +17,19 @@ from .window import deal, given_traces
 
 
 def check_devices(args: TraceConfig) -> None:
-    """UserError for more than one process or more than one GPU: every process would sample and train on all problems,
-    and the one-process wrapper of several GPUs (`nn.DataParallel`) would take groups apart."""
-    if args.world_size > 1:
-        raise UserError(
-            f"training runs in one process, and {args.world_size} were launched: "
-            "start it without a launcher, or with --num_processes 1"
-        )
+    """UserError for one process that sees several GPUs: the wrapper that transformers would take (`nn.DataParallel`)
+    would take groups apart; and for FSDP2 in a process that no launcher started."""
     if args.n_gpu > 1:
         raise UserError(
-            f"training runs on one GPU, and {args.n_gpu} are visible: choose one, as in CUDA_VISIBLE_DEVICES=0"
+            f"one process trains on one GPU, and {args.n_gpu} are visible: start one process a GPU, as in accelerate "
+            f"launch --config_file configs/accelerate/ddp.yaml --num_processes {args.n_gpu} scripts/train.py --config "
+            "CONFIG, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.fsdp2 and not dist.is_initialized():
+        raise UserError(
+            "trainer.fsdp2 spreads a model over processes, and this is the only one: start several with accelerate "
+            "launch --config_file configs/accelerate/fsdp2.yaml --num_processes N scripts/train.py --config CONFIG, "
+            "or set it to false"
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
 from math import ceil, inf
+from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from ..errors import UserError
@@ -36,13 +40,30 @@ class TraceConfig(TrainingArguments):
     traces_per_prompt: int | None = field(default=None, metadata={"help": "K; None takes the recipe's."})
     tokens_per_microbatch: int = field(
         default=4096,
-        metadata={"help": "Padded tokens in one forward/backward; changes memory and speed, never the loss."},
+        metadata={
+            "help": "Tokens in one forward/backward, a shared prompt once; memory and speed, never the loss."
+        },
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of traces; they are scored under it."}
     )
     top_p: float = field(
         default=1.0, metadata={"help": "Nucleus of the traces' law; they are scored under it."}
+    )
+    reuse_logps: bool = field(
+        default=True,
+        metadata={
+            "help": "Take the sampler's log-probabilities where they are of the very law that is asked for."
+        },
+    )
+    compared_traces: int = field(
+        default=4, metadata={"help": "Traces a window, scored again to log mismatch/* of sampler and scorer."}
+    )
+    rollout_ahead: int = field(
+        default=0,
+        metadata={
+            "help": "1: draw the next window while this one is trained on, one window stale (ahead.py)."
+        },
     )
     answer_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of answers."})
     max_trace_tokens: int = field(
@@ -81,6 +102,12 @@ class TraceConfig(TrainingArguments):
     save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decay of AdamW."})
+    fsdp2: bool = field(
+        default=False,
+        metadata={
+            "help": "Shard weights, gradients and optimiser state; configs/accelerate/fsdp2.yaml turns it on."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Not used: problems are not tensors."}
     )
@@ -107,6 +134,12 @@ class TraceConfig(TrainingArguments):
             )
         self._check_numbers()
         self._check_unused()
+        self._take_fsdp_from_launcher()
+        self._check_deepspeed_file()
+        if (
+            not torch.accelerator.is_available()
+        ):  # else accelerate counts one process where DeepSpeed has several
+            self.use_cpu = True
         super().__post_init__()
 
     def _check_numbers(self) -> None:
@@ -125,9 +158,11 @@ class TraceConfig(TrainingArguments):
         for name in ("answer_temperature", "learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= float(getattr(self, name)) < inf:
                 raise UserError(f"trainer.{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("shots", "proposal_shots", "proposal_shot_rounds"):
+        for name in ("shots", "proposal_shots", "proposal_shot_rounds", "compared_traces"):
             if getattr(self, name) < 0:
                 raise UserError(f"trainer.{name} must be >= 0, got {getattr(self, name)}")
+        if self.rollout_ahead not in (0, 1):
+            raise UserError(f"trainer.rollout_ahead must be 0 or 1, got {self.rollout_ahead}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"trainer.seed must be in [0, 2**32), got {self.seed}")
 
@@ -147,6 +182,42 @@ class TraceConfig(TrainingArguments):
         for name in ("save_only_model", "load_best_model_at_end", "auto_find_batch_size"):
             if getattr(self, name):
                 raise UserError(f"trainer.{name} must stay false: a run must go on exactly where it stopped")
+
+    def _take_fsdp_from_launcher(self) -> None:
+        """`accelerate launch` with an FSDP config says so in the environment. We shard ourselves (models/sharding.py),
+        alike on GPUs and on a CPU, where accelerate would leave the model whole without a word."""
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+            if os.environ.get("FSDP_VERSION", "1") != "2":
+                raise UserError("FSDP1 is not supported: set fsdp_version: 2 in the accelerate config")
+            if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("1", "true"):
+                raise UserError(
+                    "fsdp_offload_params is not supported: take configs/deepspeed/zero3_offload.json to keep "
+                    "weights and optimiser state on the CPU"
+                )
+            del os.environ["ACCELERATE_USE_FSDP"]
+            self.fsdp2 = True
+        if self.fsdp:
+            raise UserError("trainer.fsdp is transformers' own switch: set trainer.fsdp2=true")
+        if self.fsdp2 and self.deepspeed:
+            raise UserError("trainer.fsdp2 and trainer.deepspeed both shard the model: choose one")
+
+    def _check_deepspeed_file(self) -> None:
+        if not isinstance(self.deepspeed, str) or not self.deepspeed:
+            return
+        path = Path(self.deepspeed)
+        if not path.is_file():
+            raise UserError(
+                f"trainer.deepspeed: no file {str(path)!r}; configs/deepspeed/ has some to start from"
+            )
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"trainer.deepspeed: {str(path)!r} is not valid JSON: {error}") from error
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """FSDP2 moves shards to the GPU, layer by layer; the whole model may not fit there."""
+        return False if self.fsdp2 else super().place_model_on_device
 
     def steps_per_window(self) -> int:
         return ceil(self.prompts_per_window / self.prompts_per_step) * self.window_epochs

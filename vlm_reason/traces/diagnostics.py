@@ -34,6 +34,8 @@ def window_metrics(
     accuracy           share of right answers behind all traces (their probability, where the reference answer is
                        scored and none is sampled); an incomplete trace is wrong
     unhinted_accuracy  the same behind traces of the prior alone
+    tokens/reused      log-probabilities taken from the sampler, where a scoring pass would have given the same
+    mismatch/*         sampler against scorer (mismatch.py), over the traces that were scored again to compare them
     """
     traces = [t for group in groups for t in group.traces]
     scores = measured.scores
@@ -67,6 +69,8 @@ def window_metrics(
         "unverifiable": sum(v.failed for group in measured.verdicts for ks in group for v in ks),
         "trace_tokens": _mean([len(t.ids) for t in traces]),
         "tokens/scored": measured.scored_tokens,
+        "tokens/reused": measured.reused_tokens,
+        **measured.mismatch.metrics(),
         "traces": len(traces),
         "distinct_traces": len({(t.problem_id, t.ids) for t in traces}),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from ..engines.base import Engine, Law, ScoreRequest
 from ..tasks.prompts import PromptBuilder
 from ..tasks.verifiers import Verdict, Verifier, verdict_on
-from ..types import Scores, TraceGroup
+from ..types import Scores, Trace, TraceGroup
 from . import evidence
+from .mismatch import Mismatch, compare
 from .recipe import PRIOR, Component, Phase
 from .replay import CHAIN
 
@@ -33,6 +34,8 @@ class Measured:
     ratio_known: logp_prior - logq is log pi(z|x) - log r(z): both were measured, or every trace is a draw of pi.
     right[g][k]: how right trace k is, the mean score of its sampled answers, or pi(y*|x,z) where the reference answer
     was scored instead (the same in expectation, without the draw); 0 for an incomplete trace; absent where neither is.
+    reused_tokens: tokens whose log-probability is the sampler's own, so that no pass was run for it.
+    mismatch: sampler against scorer, over the traces that were compared.
     """
 
     scores: Scores
@@ -40,25 +43,60 @@ class Measured:
     scored_tokens: int
     ratio_known: bool
     right: tuple[tuple[float, ...], ...] | None = None
+    reused_tokens: int = 0
+    mismatch: Mismatch = Mismatch()
 
 
 @dataclass
 class _Scorer:
-    """Counts the tokens that one batch's scoring passes forward."""
+    """Scores a batch, everything once: what was scored before, under the same law behind the same context, is taken
+    from there, and a trace that the sampler drew under that law keeps the sampler's numbers (`reuse`).
+
+    law: temperature and top-p of the sampler. tokens: forwarded. reused: taken from the sampler.
+    """
 
     engine: Engine
     progress: str | None
+    law: tuple[float, float]
+    reuse: bool = True
     tokens: int = 0
+    reused: int = 0
+    known: dict[tuple[tuple[int, ...], Law], list[tuple[tuple[int, ...], tuple[float, ...]]]] = field(
+        default_factory=dict
+    )
 
     def __call__(self, requests: Sequence[ScoreRequest], what: str) -> list[tuple[float, ...]]:
         """Equal requests are forwarded once: groups of an easy problem are full of the same trace."""
-        distinct = list(dict.fromkeys(requests))
-        if not distinct:
-            return []
-        self.tokens += sum(len(r.context_ids) + len(r.target_ids) for r in distinct)
-        scored = self.engine.score(distinct, progress=self.progress and f"{self.progress}: {what}")
-        by_request = dict(zip(distinct, scored, strict=True))
-        return [by_request[r] for r in requests]
+        fresh = [r for r in dict.fromkeys(requests) if self._known(r) is None]
+        if fresh:
+            self.tokens += sum(len(r.context_ids) + len(r.target_ids) for r in fresh)
+            scored = self.engine.score(fresh, progress=self.progress and f"{self.progress}: {what}")
+            for r, logps in zip(fresh, scored, strict=True):
+                self.known.setdefault((r.context_ids, r.law), []).append((r.target_ids, logps))
+        found = [self._known(r) for r in requests]
+        return [logps for logps in found if logps is not None]
+
+    def sampled(self, trace: Trace, law: Law, prompt: Sequence[int]) -> tuple[float, ...] | None:
+        """The sampler's own log-probabilities of `trace`, if `law` behind `prompt` is what drew it."""
+        if not self.reuse or trace.prompt_ids != tuple(prompt) or sampling_law(trace, *self.law) != law:
+            return None
+        self.reused += len(trace.ids)
+        return trace.completion.logps
+
+    def _known(self, request: ScoreRequest) -> tuple[float, ...] | None:
+        target = request.target_ids
+        for other, logps in self.known.get((request.context_ids, request.law), ()):
+            if other[: len(target)] == target:
+                return logps[: len(target)]
+        return None
+
+
+def sampling_law(trace: Trace, temperature: float, top_p: float) -> Law | None:
+    """What drew `trace`; None for one that was given, or kept from an earlier window."""
+    adapter = trace.proposal.partition("/")[0]
+    if adapter not in ("reasoner", "posterior", "base"):
+        return None
+    return Law(None if adapter == "base" else adapter, temperature, top_p)
 
 
 def measure(
@@ -71,11 +109,21 @@ def measure(
     temperature: float = 1.0,
     top_p: float = 1.0,
     callable_evidence: EvidenceFunction | None = None,
+    reuse: bool = True,
+    stale: bool = False,
+    compared: int = 0,
     progress: str | None = None,
 ) -> Measured:
-    """Score `groups` for `phase`. Tensors are fp32 on the CPU, detached; short groups are masked."""
+    """Score `groups` for `phase`. Tensors are fp32 on the CPU, detached; short groups are masked.
+
+    reuse: a trace keeps the sampler's log-probabilities wherever the law asked for is the law that drew it.
+    stale: an earlier version of the weights drew the traces: the sampler's numbers are then the density that drew them
+    (logq), and never log pi. The comparison of sampler and scorer shows the staleness too.
+    compared: of how many traces (one a group, from the first group on) sampler and scorer are compared; with `reuse`
+    off, of all.
+    """
     width = max(len(group.traces) for group in groups)
-    score = _Scorer(engine, progress)
+    score = _Scorer(engine, progress, (temperature, top_p), reuse)
     mask = torch.zeros(len(groups), width, dtype=torch.bool)
     length = torch.zeros(len(groups), width)
     for g, group in enumerate(groups):
@@ -83,19 +131,17 @@ def measure(
         for k, trace in enumerate(group.traces):
             length[g, k] = len(trace.ids)
     verdicts = verify_answers(groups, verifier, prompts)
-    prior = _prior_pass(groups, phase, prompts, score, (temperature, top_p))
+    prior = _prior_pass(groups, phase, prompts, score, stale)
     gold = prior.answer
     log_evidence, empty = _evidence(
         groups, phase, prompts, score, verdicts, gold, length, width, callable_evidence
     )
     logq = torch.zeros(len(groups), width)
     if "logq" in phase.needs:
-        logq = _proposal_density(groups, phase, prompts, score, temperature, top_p, width)
+        logq = _proposal_density(groups, phase, prompts, score, width)
     logp_ref = None
     if "logp_ref" in phase.needs:
-        logp_ref = _trace_logps(
-            groups, Law(None), "base/prior", prompts.prior_ids, score, temperature, top_p, width
-        )
+        logp_ref = _trace_logps(groups, Law(None), "reference", prompts.prior_ids, score, width)
     logp_answer, answer_weight = _answers(groups, phase, gold, verdicts, width)
     scores = Scores(
         logp_prior=prior.total(width),
@@ -111,8 +157,21 @@ def measure(
         worst_token=prior.worst(width) if "worst_token" in phase.needs else None,
     )
     measured_ratio = {"logp_prior", "logq"} <= phase.needs and bool(phase.proposal.components)
-    ratio_known = measured_ratio or ((temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups))
-    return Measured(scores, verdicts, score.tokens, ratio_known, _right(phase, verdicts, gold))
+    on_policy = not stale and (temperature, top_p) == (1.0, 1.0) and _all_from_prior(groups)
+    ratio_known = measured_ratio or on_policy
+    mismatch = _compare(groups, score, compared)
+    right = _right(phase, verdicts, gold)
+    return Measured(scores, verdicts, score.tokens, ratio_known, right, score.reused, mismatch)
+
+
+def _compare(groups: Sequence[TraceGroup], score: _Scorer, compared: int) -> Mismatch:
+    """Sampler against scorer: one trace a group, of the first `compared` groups; all traces with reuse off."""
+    chosen = (
+        [t for g in groups for t in g.traces] if not score.reuse else [g.traces[0] for g in groups[:compared]]
+    )
+    pairs = [(t, law) for t in chosen if (law := sampling_law(t, *score.law)) is not None]
+    scored = score([ScoreRequest(t.prompt_ids, t.ids, law) for t, law in pairs], "comparison")
+    return compare([t.completion.logps for t, _ in pairs], scored)
 
 
 def _right(
@@ -195,10 +254,11 @@ def _prior_pass(
     phase: Phase,
     prompts: PromptBuilder,
     score: _Scorer,
-    sampled: tuple[float, float],
+    stale: bool,
 ) -> _PriorPass:
     """One forward over [x | z | cue | y*] gives both factors. A trace that this law drew (temperature and top-p 1)
     keeps the sampler's own log-probabilities; it is forwarded only for the answer behind it."""
+    law = Law("reasoner")
     wants_trace = bool(phase.needs & {"logp_prior", "worst_token"})
     result = _PriorPass([[() for _ in g.traces] for g in groups], [[() for _ in g.traces] for g in groups])
     if not wants_trace and not wants_gold(phase):
@@ -210,20 +270,20 @@ def _prior_pass(
         for k, trace in enumerate(group.traces):
             if not trace.complete:
                 continue
-            own = sampled == (1.0, 1.0) and trace.proposal == PRIOR_NAME and trace.prompt_ids == prompt
-            if own and wants_trace:
-                result.trace[g][k] = trace.completion.logps
+            own = score.sampled(trace, law, prompt) if wants_trace and not stale else None
+            if own is not None:
+                result.trace[g][k] = own
             if not wants_gold(phase):
-                if not own:
+                if own is None:
                     where.append((g, k, len(trace.ids), 0))
-                    requests.append(ScoreRequest(prompt, trace.ids, Law("reasoner")))
+                    requests.append(ScoreRequest(prompt, trace.ids, law))
                 continue
             # the trace is a target only where its log-probabilities are still wanted: targets cost an LM-head row each
-            scored = 0 if own or not wants_trace else len(trace.ids)
+            scored = len(trace.ids) if wants_trace and own is None else 0
             behind = (*trace.ids, *prompts.cue_ids)
             context, target = (prompt, (*behind, *y)) if scored else ((*prompt, *behind), y)
             where.append((g, k, scored, len(y)))
-            requests.append(ScoreRequest(context, target, Law("reasoner")))
+            requests.append(ScoreRequest(context, target, law))
     for (g, k, of_trace, of_answer), logps in zip(where, score(requests, "prior"), strict=True):
         if of_trace:
             result.trace[g][k] = logps[:of_trace]
@@ -286,29 +346,22 @@ def _called(groups: Sequence[TraceGroup], function: EvidenceFunction, width: int
 
 
 def _trace_logps(
-    groups: Sequence[TraceGroup],
-    law: Law,
-    name: str,
-    prompt: Callable,
-    score: _Scorer,
-    temperature: float,
-    top_p: float,
-    width: int,
+    groups: Sequence[TraceGroup], law: Law, what: str, prompt: Callable, score: _Scorer, width: int
 ) -> Tensor:
     """log-probability of every trace under `law` behind `prompt`; [G, K]. A trace that this very law drew keeps
     the sampler's own log-probabilities; an incomplete one that it did not draw stays 0, its evidence being 0."""
     out = torch.zeros(len(groups), width)
-    sampled_alike = (law.temperature, law.top_p) == (temperature, top_p)
     where, requests = [], []
     for g, group in enumerate(groups):
         context = prompt(group.problem)
         for k, trace in enumerate(group.traces):
-            if sampled_alike and trace.proposal == name and trace.prompt_ids == tuple(context):
-                out[g, k] = torch.tensor(trace.completion.logps, dtype=torch.float32).sum()
+            own = score.sampled(trace, law, context)
+            if own is not None:
+                out[g, k] = torch.tensor(own, dtype=torch.float32).sum()
             elif trace.complete:
                 where.append((g, k))
                 requests.append(ScoreRequest(context, trace.ids, law))
-    for (g, k), logps in zip(where, score(requests, name), strict=True):
+    for (g, k), logps in zip(where, score(requests, what), strict=True):
         out[g, k] = torch.tensor(logps, dtype=torch.float32).sum()
     return out
 
@@ -318,8 +371,6 @@ def _proposal_density(
     phase: Phase,
     prompts: PromptBuilder,
     score: _Scorer,
-    temperature: float,
-    top_p: float,
     width: int,
 ) -> Tensor:
     """log r(z) = logsumexp_c [log share_c + log r_c(z)] under the laws that sampled; [G, K]."""
@@ -329,9 +380,9 @@ def _proposal_density(
     total = sum(c.share for c in components)
     terms = []
     for component in components:
-        law = Law(adapter_name(component), temperature, top_p)
+        law = Law(adapter_name(component), *score.law)
         prompt = prompts.hinted_ids if component.prompt == "hinted" else prompts.prior_ids
-        logps = _trace_logps(groups, law, component.name, prompt, score, temperature, top_p, width)
+        logps = _trace_logps(groups, law, component.name, prompt, score, width)
         terms.append(torch.tensor(component.share / total).log() + logps)
     return torch.logsumexp(torch.stack(terms), dim=0)
 

@@ -129,6 +129,8 @@ class Phase:
     needs    which scoring passes `weigh` reads: "logp_prior", "logq", "logp_answer", "logp_ref", "worst_token".
     windows  windows of problems this phase samples and trains on per round.
     kl       weight of KL(pi || pi_ref) on the trained tokens (estimator k3 of Schulman 2020), 0 = off.
+    off_policy  whether the coefficients are right for traces of any density logq: normalised importance weights are,
+             score-function gradients of the sampler's own law are not.
     clip     half-width of the PPO ratio clip when a window is reused over several steps, None = off.
     """
 
@@ -144,6 +146,7 @@ class Phase:
     windows: int = 1
     kl: float = 0.0
     clip: float | None = None
+    off_policy: bool = False
 
     def __post_init__(self) -> None:
         if self.windows < 1:

@@ -20,8 +20,7 @@ from typing import Any
 from ..atomic import write_atomically
 from ..config import RunConfig, convert, from_dict, save_resolved, to_dict
 from ..errors import UserError
-from ..models.adapters import AdapterConfig, save_adapters
-from ..scoring.logprobs import unwrap
+from ..models.adapters import AdapterConfig
 from ..tasks.sources import TaskSpec, load_problems
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
@@ -35,7 +34,7 @@ SUMMARY = "summary.json"
 
 def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any]:
     """Train as `config` says and return the summary. Started again with the same config, it goes on from the last
-    complete checkpoint, and returns at once when the run is finished.
+    complete checkpoint, and returns at once when the run is finished. Of several processes rank 0 has the summary.
 
     UserError when output_dir holds a run of another config: nothing there is touched.
     """
@@ -45,15 +44,21 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
     if done.is_file():
         return {**json.loads(done.read_text()), "already_finished": True}
     trainer = make_trainer(config, show_progress)
-    save_resolved(config, output_dir)
+    ranks = trainer.ranks
     checkpoint = latest_checkpoint(output_dir)
+    ranks.agree(checkpoint and checkpoint.name, f"the last checkpoint in {output_dir}")
+    if ranks.main:
+        save_resolved(config, output_dir)
     started = time.perf_counter()
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
-    else:  # stopped before the first checkpoint: its rows come again
+    elif ranks.main:  # stopped before the first checkpoint: its rows come again
         truncate_metrics(output_dir / "metrics.jsonl", 0)
     if not trainer.out_of_tokens:  # killed between the last step and this summary
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _save_result(trainer, output_dir)
+    if not ranks.main:
+        return {"output_dir": str(output_dir), "rank": ranks.rank}
     summary = {
         "output_dir": str(output_dir),
         "preset": config.preset,
@@ -63,7 +68,6 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
         "seconds": time.perf_counter() - started,
         **_phase_totals(output_dir / "metrics.jsonl"),
     }
-    _save_result(trainer, output_dir)
     write_atomically(done, json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -145,21 +149,24 @@ def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
 
 
 def _save_result(trainer: TraceTrainer, output_dir: Path) -> None:
-    """adapters/ (or model/) appears whole or not at all."""
+    """adapters/ (or model/) appears whole or not at all. All processes take part, rank 0 writes."""
     name = "adapters" if trainer.adapter is not None else "model"
     staging, final = output_dir / f".{name}", output_dir / name
-    shutil.rmtree(staging, ignore_errors=True)
+    if trainer.ranks.main:
+        shutil.rmtree(staging, ignore_errors=True)
     try:
-        if trainer.adapter is not None:
-            save_adapters(trainer.adapted, staging)
-        else:
-            unwrap(trainer.model).save_pretrained(staging)
+        trainer.save_model(str(staging))
+        if not trainer.ranks.main:
+            return
+        if trainer.adapter is None:
+            (staging / "training_args.bin").unlink(missing_ok=True)
             trainer.tokenizer.save_pretrained(staging)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if trainer.ranks.main:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _phase_totals(metrics: Path) -> dict[str, Any]:

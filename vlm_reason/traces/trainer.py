@@ -2,7 +2,8 @@
 
 Features
 - A step trains on whole groups (one problem, K traces). It is split into micro-batches of a token budget after all
-  coefficients are fixed, so 1 x 8 accumulation equals 8 x 1.
+  coefficients are fixed, so 1 x 8 accumulation equals 8 x 1, and one process equals eight.
+- DDP, ZeRO-2, ZeRO-3, FSDP2 (parallel.py); a checkpoint of one goes on under another (docs/distributed.md).
 - Reasoner and posterior are two LoRA adapters on one frozen base, which is the reference. Parameters of the
   adapter that a phase does not train get no gradient, so the optimiser leaves them and their moments alone.
 - Samples are functions of (seed, policy version, problem, visit, k, m). With the window in the checkpoint, a run
@@ -18,50 +19,59 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..atomic import write_atomically
-from ..engines.base import Engine
-from ..engines.make import make_engine
+from ..compat.deepspeed import cast_partitioned, join_process_group
+from ..engines.base import Engine, EngineLost
+from ..engines.make import engine_config, make_engine, note
+from ..engines.sync import Synced
 from ..errors import UserError
 from ..models.adapters import (
     AdapterConfig,
-    adapter_parameters,
     add_adapters,
-    load_adapters,
     reset_adapter,
-    save_adapters,
     trainable,
-    use_adapter,
 )
 from ..models.load import load_model
-from ..scoring.logprobs import context_length, microbatches, score_sequences
+from ..models.whole_copy import WholeCopy, skeleton
+from ..scoring.logprobs import context_length
 from ..tasks.prompts import PromptBuilder
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
-from .checkpoint import TraceState, load_trace_state, publish, save_trace_state, truncate_metrics
+from .ahead import Ahead, Drawn, check_ahead, gathered, own_share
+from .checkpoint import (
+    TraceState,
+    load_trace_state,
+    publish,
+    save_trace_state,
+    truncate_metrics,
+)
 from .checks import check_devices, check_prompts, check_reports, check_run
 from .config import TraceConfig
+from .distributed import Ranks, deal_groups, in_lockstep
 from .measure import EvidenceFunction
 from .order import Place, place_of, step_members, window_problems
+from .parallel import shards_weights
 from .progress import StepProgress
 from .recipe import Recipe, State
 from .replay import ChainMemory
-from .rows import Row, rows_objective
+from .rowlog import RowLog
+from .rows import Row
+from .sharded import OptimizerFactory, ShardedTrainer
+from .step import Batch, backward_batches, cut_batches
 from .window import Window, WindowMaker
 
-OptimizerFactory = Callable[[list[nn.Parameter], TraceConfig], torch.optim.Optimizer]
 DEFAULT_ADAPTER = AdapterConfig()
 
 
@@ -78,7 +88,7 @@ class _Steps(Dataset):
         return {"step": index}
 
 
-class TraceTrainer(Trainer):
+class TraceTrainer(ShardedTrainer):
     """Train a reasoning model whose chain of thought is latent, by the method that `recipe` describes.
 
     Args:
@@ -93,13 +103,10 @@ class TraceTrainer(Trainer):
         optimizer_factory: (parameters, args) -> optimiser; default AdamW through `args.optim`.
         engine: what samples and scores; default an HFEngine over `model` with `engine_options`.
 
-    Raises UserError for more than one process or GPU, an empty data set, duplicate ids, a problem that the template
-    cannot write, a recipe whose components would get no trace, or one that needs a posterior or reference where there
-    is none.
+    Raises UserError for one process that sees several GPUs, an empty data set, duplicate ids, a problem that the
+    template cannot write, a recipe whose components would get no trace, or one that needs a posterior or reference
+    where there is none.
     """
-
-    args: TraceConfig
-    model: nn.Module
 
     def __init__(
         self,
@@ -121,8 +128,12 @@ class TraceTrainer(Trainer):
     ) -> None:
         check_devices(args)
         check_reports(args)
+        engine_config(engine_options or {})  # before a model is loaded
+        if args.deepspeed_plugin is not None:
+            join_process_group()
         if isinstance(model, str):
-            model, tokenizer = load_model(model, dtype=dtype)  # type: ignore[arg-type]  # it checks the name
+            where = "cpu" if args.fsdp2 else args.device if args.world_size > 1 else None
+            model, tokenizer = load_model(model, dtype, where)  # type: ignore[arg-type]  # it checks the name
         if tokenizer is None:
             raise UserError(
                 "TraceTrainer needs the tokenizer of a model that is given as an object: tokenizer=..."
@@ -130,7 +141,10 @@ class TraceTrainer(Trainer):
         self.recipe, self.problems = recipe, list(train_dataset)
         self.traces = args.traces_per_prompt or recipe.traces
         check_run(recipe, self.problems, args, self.traces, adapter is not None)
+        check_ahead(recipe, args)
         self.adapter = adapter
+        if adapter is not None and args.deepspeed_plugin is not None:
+            cast_partitioned(model, model.dtype if model.config.dtype is None else model.config.dtype)  # type: ignore[arg-type]  # a dtype once loaded
         trained: nn.Module = model if adapter is None else add_adapters(model, adapter)
         if adapter is None:
             trainable(trained, ["reasoner"])
@@ -142,34 +156,47 @@ class TraceTrainer(Trainer):
         check_prompts(recipe, self.problems, self.training_prompts, args, context_length(trained))
         if args.proposal_shot_rounds and args.proposal_shots > args.shots:
             check_prompts(recipe, self.problems, self.warmup_prompts, args, context_length(trained))
-        self.engine = engine if engine is not None else make_engine(trained, tokenizer, engine_options or {})
+        self._copy = (
+            WholeCopy(skeleton(trained, adapter)) if engine is None and shards_weights(args) else None
+        )
+        if engine is None:
+            sampled = trained if self._copy is None else self._copy.model
+            engine = make_engine(sampled, tokenizer, engine_options or {}, Path(args.output_dir) / "engine")
+        self.engine = engine
         self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self._optimizer_factory = optimizer_factory
         args.max_steps = args.total_steps(recipe)
         super().__init__(
             model=trained, args=args, train_dataset=_Steps(args.max_steps), data_collator=lambda rows: rows[0]
         )
+        self.ranks = Ranks.current()
+        show_progress = show_progress and self.ranks.main
+        if self._copy is not None and self.ranks.main:
+            note(
+                f"the weights are spread over {self.ranks.size} processes; for each window every process gathers a "
+                f"whole copy ({self._copy.bytes / 1e9:.2f} GB) to sample and score with"
+            )
         # transformers' own bar prints to stdout, which belongs to --json
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if show_progress:
             self.add_callback(StepProgress(lambda: self._row))
         self.tokenizer = tokenizer
-        self.maker = WindowMaker(self.engine, args, self.verifier, args.seed, evidence, show_progress)
+        self.maker = WindowMaker(
+            self.engine, args, self.verifier, args.seed, evidence, show_progress, self.ranks
+        )
         self.states: list[State] = [{} for _ in recipe.phases]
         self.memory = ChainMemory()
         self.window: Window | None = None
+        self._ahead = Ahead()
         self._saving_to: Path | None = None
-        self._loss_before = 0.0  # what the running loss held when the step began
         self.tokens_used = 0
+        self._log = RowLog(Path(args.output_dir) / "metrics.jsonl", self.ranks)
         self._row: dict[str, Any] = {}
+        self._share: tuple[Tensor, int] | None = (
+            None  # this process's part of the step's loss and padded tokens
+        )
         self._step_started = time.perf_counter()
-
-    @property
-    def adapted(self) -> PeftModel:
-        """The model with its adapters. Full weights have none: check `adapter` first."""
-        assert isinstance(self.model, PeftModel)
-        return self.model
 
     # ---- one optimiser step --------------------------------------------------------------------------------
 
@@ -181,7 +208,7 @@ class TraceTrainer(Trainer):
         made = False
         if window is None or window.index != place.window:
             self._enter_round(place)
-            self.window = window = self._make_window(place)
+            self.window = window = self._make_window_or_save(place)
             made = True
         phase = self.recipe.phases[place.phase]
         members = step_members(
@@ -195,62 +222,111 @@ class TraceTrainer(Trainer):
         rows = [row for g in members for row in window.rows[g]]
         groups = max(1, sum(window.counts[g] for g in members))
         started = time.perf_counter()
-        trainable(self.model, phase.trains)
-        model.train()
-        loss = torch.zeros((), device=self.args.device)
-        forwarded = 0
-        for adapter, batch in _batches(rows, self.args.tokens_per_microbatch):
-            with use_adapter(self.model, adapter):
-                logps, _ = score_sequences(model, [(row.context, row.target) for row in batch])
-                part = -rows_objective(batch, logps, phase) / (groups * self.args.loss_scale)
-                self.accelerator.backward(part)
-            loss += part.detach()
-            forwarded += len(batch) * max(row.tokens for row in batch)
-        self._row = self._metrics(
-            place, window, made, rows, len(members), forwarded, time.perf_counter() - started
+        present = {row.adapter for row in rows}
+        trained = [name for name in phase.trains if name in present]
+        trainable(self.model, trained)
+        self.model.train()
+        self.parallel.begin(trained)
+        cost = backward_batches(
+            self.model,
+            self._batches([window.rows[g] for g in members]),
+            phase,
+            groups * self.args.loss_scale,
+            self.parallel.backward,
+            self.accelerator.autocast,
         )
-        return loss
+        self.parallel.finish()
+        self._share = cost.loss, cost.forwarded
+        self._row = self._metrics(place, window, made, rows, len(members), time.perf_counter() - started)
+        return cost.loss * self.ranks.size  # transformers logs the mean over processes
+
+    def _batches(self, groups: Sequence[Sequence[Row]]) -> list[Batch]:
+        """What this process runs of a step: whole groups, dealt by tokens."""
+        dealt = deal_groups([sum(row.tokens for row in rows) for rows in groups], self.ranks.size)
+        cut = [
+            cut_batches(self.model, [r for g in own for r in groups[g]], self.args.tokens_per_microbatch)
+            for own in (dealt if self.parallel.lockstep else [dealt[self.ranks.rank]])
+        ]
+        return in_lockstep(cut, self.ranks.rank) if self.parallel.lockstep else cut[0]
+
+    def _make_window_or_save(self, place: Place) -> Window:
+        """A window, or a checkpoint of the step before it when what samples went away."""
+        try:
+            return self._make_window(place)
+        except EngineLost:
+            self._save_checkpoint(self.model)  # it is raised in all processes at once
+            raise
 
     def _make_window(self, place: Place) -> Window:
+        if isinstance(self.engine, Synced):
+            engine, version = self.engine, self.state.global_step
+            self.ranks.together(lambda: engine.sync(self.model, version))
         phase = self.recipe.phases[place.phase]
-        chosen = window_problems(
-            place.window, self.args.prompts_per_window, len(self.problems), self.args.seed
-        )
-        warm = place.round < self.args.proposal_shot_rounds
+        problems, visits, sampling = self._asked(place)
+        drawn = self._ahead.window == place.window
         self.model.eval()
-        window, self.states[place.phase] = self.maker.make(
-            place.window,
-            place.phase,
-            phase,
-            [self.problems[i] for i, _ in chosen],
-            [visit for _, visit in chosen],
-            self.traces,
-            self.state.global_step,
-            self.states[place.phase],
-            self.memory,
-            self.warmup_prompts if warm else self.training_prompts,
-            self.training_prompts,
-        )
-        if window.completions:
+        with nullcontext() if self._copy is None else self._copy.filled(self.model):
+            window, self.states[place.phase] = self.maker.make(
+                place.window,
+                place.phase,
+                phase,
+                problems,
+                visits,
+                self.traces,
+                self.state.global_step,
+                self.states[place.phase],
+                self.memory,
+                sampling,
+                self.training_prompts,
+                (lambda: self._ahead.take(place.window)) if drawn else None,
+            )
+            self._draw_ahead(place)
+        self.ranks.agree(window.fingerprint(), f"window {place.window}")
+        if window.completions and self.ranks.main:
             text = "".join(json.dumps(row) + "\n" for row in window.completions)
             write_atomically(
                 Path(self.args.output_dir) / "completions" / f"window_{place.window:05d}.jsonl", text
             )
         return window
 
+    def _asked(self, place: Place) -> tuple[list[Problem], list[int], PromptBuilder]:
+        """The problems of a window, their visits, and the prompts that sample it."""
+        chosen = window_problems(
+            place.window, self.args.prompts_per_window, len(self.problems), self.args.seed
+        )
+        warm = place.round < self.args.proposal_shot_rounds
+        prompts = self.warmup_prompts if warm else self.training_prompts
+        return [self.problems[i] for i, _ in chosen], [visit for _, visit in chosen], prompts
+
+    def _draw_ahead(self, place: Place) -> None:
+        """Begin to draw the window after `place`'s with the weights as they are."""
+        step = (place.window + 1) * self.args.steps_per_window()
+        if not self.args.rollout_ahead or step >= self.args.max_steps:
+            return
+        coming, version = place_of(step, self.args, self.recipe), self.state.global_step
+        phase = self.recipe.phases[coming.phase]
+        if not phase.proposal.components:
+            return
+        problems, visits, sampling = self._asked(coming)
+
+        def draw() -> Drawn:
+            return self.maker.draw(
+                coming.window, phase, problems, visits, self.traces, version, self.memory, sampling
+            )
+
+        overlap = isinstance(self.engine, Synced)  # only then has the sampler weights of its own
+        if overlap:
+            self._ahead.begin(coming.window, draw, overlap)
+        else:
+            self.ranks.together(lambda: self._ahead.begin(coming.window, draw, overlap))
+
     def _enter_round(self, place: Place) -> None:
         """`reset: base`: the reasoner starts every round but the first from its initial adapter, moments too."""
         first = place.window % sum(p.windows for p in self.recipe.phases) == 0
         if self.recipe.reset == "base" and place.round > 0 and first and place.position == 0:
-            assert (
-                self.adapter is not None and self.optimizer is not None
-            )  # the one is checked at construction
+            assert self.adapter is not None  # checked at construction
             reset_adapter(self.adapted, "reasoner", self.adapter.seed)
-            for parameter in self._adapter_parameters("reasoner"):
-                self.optimizer.state.pop(parameter, None)
-
-    def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return list(adapter_parameters(self.model, name).values())
+            self.parallel.forget("reasoner")
 
     def _metrics(
         self,
@@ -259,20 +335,19 @@ class TraceTrainer(Trainer):
         made: bool,
         rows: Sequence[Row],
         groups: int,
-        forwarded: int,
         seconds: float,
     ) -> dict[str, Any]:
         values = dict(window.metrics)
         if not made:  # what the window cost is told once
             for key in (
                 "seconds/generate",
+                "seconds/waited",
                 "seconds/score",
                 "seconds/weigh",
                 "tokens/generated",
                 "tokens/scored",
             ):
                 values[key] = 0
-        useful = sum(row.useful for row in rows)
         return {
             "phase": self.recipe.phases[place.phase].name,
             "round": place.round,
@@ -283,20 +358,13 @@ class TraceTrainer(Trainer):
             **values,
             "seconds/train": seconds,
             "tokens/trained": sum(row.tokens for row in rows),
-            "tokens/forwarded": forwarded,
-            "useful_tokens": useful / forwarded if forwarded else None,
+            "tokens/forwarded": None,  # known when the processes' shares are summed; useful of them likewise
+            "useful_tokens": sum(row.useful for row in rows),
         }
 
-    # ---- optimiser -----------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Over the parameters of every adapter: phases then choose by giving gradients to some of them only."""
-        trainable(self.model, self.adapters)
-        if self.optimizer is None and self._optimizer_factory is not None:
-            self.optimizer = self._optimizer_factory(
-                [p for p in self.model.parameters() if p.requires_grad], self.args
-            )
-        return super().create_optimizer(model)
+    def get_train_dataloader(self) -> DataLoader:
+        """Every process sees every step, in order; they share a step's groups, not the steps."""
+        return DataLoader(_Steps(self.args.max_steps), batch_size=1, collate_fn=self.data_collator)
 
     # ---- logs ----------------------------------------------------------------------------------------------
 
@@ -306,7 +374,7 @@ class TraceTrainer(Trainer):
         if self._row:
             self._row = {
                 "step": self.state.global_step,
-                "loss": float(tr_loss) - self._loss_before,
+                "loss": None,
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - self._step_started,
@@ -314,27 +382,22 @@ class TraceTrainer(Trainer):
             }
             self.tokens_used += sum(self._row[f"tokens/{kind}"] for kind in ("generated", "trained"))
             self._row["tokens_used"] = self.tokens_used
-            self._append_row(self._row)
+            assert self._share is not None
+            self._log.add(self._row, *self._share)
             if self.out_of_tokens:
                 self.control.should_training_stop = True
+        ends = self.control.should_training_stop or not self._row
+        if self.ranks.size == 1 or ends or self.control.should_log or self.control.should_save:
+            self._log.flush()
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
         )
-        self._loss_before = float(tr_loss)
         self._row = {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The step's row goes wherever `report_to` points, beside what transformers logs."""
         extra = {k: v for k, v in self._row.items() if isinstance(v, int | float) and k not in logs}
         super().log({**logs, **extra}, start_time)
-
-    def _append_row(self, row: dict[str, Any]) -> None:
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
 
     @property
     def out_of_tokens(self) -> bool:
@@ -347,7 +410,7 @@ class TraceTrainer(Trainer):
         sizes = (
             "rounds", "prompts_per_window", "prompts_per_step", "window_epochs", "temperature", "top_p", "seed",
             "answer_temperature", "max_trace_tokens", "max_answer_tokens", "shots", "proposal_shots",
-            "proposal_shot_rounds", "loss_scale",
+            "proposal_shot_rounds", "loss_scale", "rollout_ahead",
         )  # fmt: skip
         return {
             "recipe": self.recipe.name,
@@ -369,24 +432,25 @@ class TraceTrainer(Trainer):
         self._saving_to = staging
         try:
             super()._save_checkpoint(model, trial)
-            state = TraceState(self.window, self.states, self.memory, self.tokens_used)
-            save_trace_state(staging / name, state, self.identity())
-            publish(staging / name, output_dir / name)
+            ahead = gathered(
+                self._ahead.held(), self.ranks
+            )  # also waits for the random states of every process
+            if self.ranks.main:
+                state = TraceState(self.window, self.states, self.memory, self.tokens_used, ahead)
+                save_trace_state(staging / name, state, self.identity())
+                publish(staging / name, output_dir / name)
         finally:
             self._saving_to = None
-            shutil.rmtree(staging, ignore_errors=True)
-        self._rotate(output_dir)
+            if self.ranks.main:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.ranks.main:
+            self._rotate(output_dir)
+        self.ranks.wait()
 
     def _rotate(self, output_dir: Path) -> None:
         rotate_checkpoints(
             output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=False
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.adapter is None:
-            super()._save(output_dir, state_dict)
-            return
-        save_adapters(self.adapted, output_dir or self.args.output_dir)
 
     def load_checkpoint(self, checkpoint: str | Path) -> None:
         """Weights and trace state of `checkpoint`, without training on. UserError when it is another run's."""
@@ -394,22 +458,12 @@ class TraceTrainer(Trainer):
         self.state.global_step = int(Path(checkpoint).name.rsplit("-", 1)[1])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.adapter is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_adapters(self.adapted, resume_from_checkpoint)
-        state = load_trace_state(resume_from_checkpoint, self.identity())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = load_trace_state(resume_from_checkpoint, self.identity(), self.problems)
         self.window, self.states, self.memory = state.window, state.presets, state.chains
         self.tokens_used = state.tokens_used
+        if state.ahead is not None:
+            self._ahead.put(own_share(state.ahead, self.ranks))
         step = int(Path(resume_from_checkpoint).name.rsplit("-", 1)[1])
-        truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", step)
-
-
-def _batches(rows: Sequence[Row], token_budget: int) -> list[tuple[str, list[Row]]]:
-    """(adapter, rows) micro-batches: one adapter each, rows of like length together."""
-    out = []
-    for adapter in sorted({row.adapter for row in rows}, reverse=True):
-        mine = [row for row in rows if row.adapter == adapter]
-        for batch in microbatches([row.tokens for row in mine], token_budget):
-            out.append((adapter, [mine[i] for i in batch]))
-    return out
+        if self.ranks.main:
+            truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", step)

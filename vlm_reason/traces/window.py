@@ -3,13 +3,15 @@
     sample K traces a problem -> measure (Scores) -> weigh (Coefficients) -> null-group policy -> rows
 
 Everything is computed once, from whole groups, with detached numbers: splitting a window into steps and
-micro-batches afterwards cannot change the loss.
+micro-batches afterwards cannot change the loss. Of several processes each samples and measures the groups of its own
+problems; all of them then weigh the whole window, alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +24,15 @@ from ..errors import UserError
 from ..tasks.prompts import PromptBuilder
 from ..tasks.verifiers import Verifier
 from ..types import Coefficients, Completion, Problem, Trace, TraceGroup
+from .ahead import Drawn
 from .config import TraceConfig
 from .diagnostics import generated_tokens, window_metrics
+from .distributed import Ranks
 from .measure import EvidenceFunction, Measured, adapter_name, measure, verify_answers
 from .recipe import Component, Phase, State
 from .replay import ChainMemory
-from .rows import Row, dataset_rows, group_rows
+from .rows import Row, dataset_rows, group_rows, sampler_logps
+from .shares import Share, merged
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Window:
     metrics: dict[str, float | int | None]
     completions: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
+    def fingerprint(self) -> str:
+        """16 hex digits of what is trained on."""
+        return hashlib.blake2b(repr((self.index, self.rows, self.counts)).encode(), digest_size=8).hexdigest()
+
 
 @dataclass(frozen=True)
 class WindowMaker:
@@ -52,6 +61,7 @@ class WindowMaker:
     run_seed: int
     callable_evidence: EvidenceFunction | None = None
     show_progress: bool = True
+    ranks: Ranks = field(default_factory=Ranks)
 
     def make(
         self,
@@ -66,41 +76,93 @@ class WindowMaker:
         memory: ChainMemory,
         sampling: PromptBuilder,
         training: PromptBuilder,
+        ahead: Callable[[], Drawn] | None = None,
     ) -> tuple[Window, State]:
         """One window and the preset's next state; `memory` takes the chains that `weigh` keeps. `sampling`
-        prompts draw and score the traces, `training` prompts are trained."""
-        started = time.perf_counter()
-        label = phase.name if self.show_progress else None
-        groups = self._draw(phase, problems, visits, traces, policy_version, memory, sampling, label)
-        discarded: list[TraceGroup] = []
-        if phase.null_group == "hint_retry":
-            first = groups
-            groups = self._retry_with_hint(first, phase, visits, policy_version, sampling, label)
-            discarded = [old for old, new in zip(first, groups, strict=True) if old is not new]
-        sampled = time.perf_counter()
-        measured = measure(
-            groups,
-            phase,
-            self.engine,
-            sampling,
-            self.verifier,
-            temperature=self._temperature(phase),
-            top_p=self.config.top_p,
-            callable_evidence=self.callable_evidence,
-            progress=label,
-        )
+        prompts draw and score the traces, `training` prompts are trained. `ahead` gives the groups that an earlier
+        version drew; without it they are drawn here."""
+        seconds: dict[str, float] = {}
+        versions: list[int] = []
+
+        def own_share() -> Share:
+            started = time.perf_counter()
+            if ahead is None:
+                drawn = self.draw(index, phase, problems, visits, traces, policy_version, memory, sampling)
+            else:
+                drawn = ahead()
+            seconds["generate"], seconds["waited"] = drawn.seconds, time.perf_counter() - started
+            versions.append(drawn.version)
+            return self._measured(drawn, phase, sampling, drawn.version != policy_version, seconds)
+
+        groups, measured, discarded = merged(self.ranks.together(own_share))
         scored = time.perf_counter()
         coefficients, state = phase.weigh(_with_problem_keys(measured, groups).scores, state)
         _check_finite(coefficients, phase)
         _keep_chains(memory, groups, coefficients)
-        rows, counts = self._rows(groups, phase, coefficients, training)
+        staleness = policy_version - versions[0]
+        rows, counts = self._rows(groups, phase, coefficients, training, staleness > 0)
         metrics = window_metrics(groups, measured, coefficients, [bool(r) for r in rows])
-        metrics["tokens/generated"] = generated_tokens([*groups, *discarded])
-        metrics["seconds/generate"] = sampled - started
-        metrics["seconds/score"] = scored - sampled
+        metrics["tokens/generated"] = generated_tokens(groups) + discarded
+        metrics["staleness"] = staleness
+        metrics["seconds/generate"] = seconds.get("generate", 0.0)
+        metrics["seconds/waited"] = seconds.get("waited", 0.0)
+        metrics["seconds/score"] = seconds.get("score", 0.0)
         metrics["seconds/weigh"] = time.perf_counter() - scored
         table = _completions(groups, measured, coefficients) if self.config.log_completions else ()
         return Window(index, phase_index, rows, counts, metrics, table), state
+
+    def draw(
+        self,
+        index: int,
+        phase: Phase,
+        problems: Sequence[Problem],
+        visits: Sequence[int],
+        traces: int,
+        policy_version: int,
+        memory: ChainMemory,
+        prompts: PromptBuilder,
+    ) -> Drawn:
+        """This process's groups of window `index`, sampled. No other process is asked for anything."""
+        indices = self.ranks.share(len(problems))
+        if not indices:
+            return Drawn(index, policy_version, (), ())
+        started = time.perf_counter()
+        own, visited = [problems[i] for i in indices], [visits[i] for i in indices]
+        label = phase.name if self.show_progress else None
+        groups = self._draw(phase, own, visited, traces, policy_version, memory, prompts, label)
+        discarded: list[TraceGroup] = []
+        if phase.null_group == "hint_retry":
+            first = groups
+            groups = self._retry_with_hint(first, phase, visited, policy_version, prompts, label)
+            discarded = [old for old, new in zip(first, groups, strict=True) if old is not new]
+        seconds = time.perf_counter() - started
+        return Drawn(
+            index, policy_version, tuple(indices), tuple(groups), generated_tokens(discarded), seconds
+        )
+
+    def _measured(
+        self, drawn: Drawn, phase: Phase, prompts: PromptBuilder, stale: bool, seconds: dict[str, float]
+    ) -> Share:
+        """What was drawn, with its scores; what scoring took is noted in `seconds`."""
+        if not drawn.indices:
+            return Share((), (), None, drawn.discarded)
+        started = time.perf_counter()
+        measured = measure(
+            drawn.groups,
+            phase,
+            self.engine,
+            prompts,
+            self.verifier,
+            temperature=self._temperature(phase),
+            top_p=self.config.top_p,
+            callable_evidence=self.callable_evidence,
+            reuse=self.config.reuse_logps,
+            stale=stale,
+            compared=self.config.compared_traces,
+            progress=phase.name if self.show_progress else None,
+        )
+        seconds["score"] = time.perf_counter() - started
+        return Share(drawn.indices, drawn.groups, measured, drawn.discarded)
 
     def _temperature(self, phase: Phase) -> float:
         return 0.0 if phase.proposal.greedy else self.config.temperature
@@ -180,7 +242,12 @@ class WindowMaker:
         return out
 
     def _rows(
-        self, groups: Sequence[TraceGroup], phase: Phase, coefficients: Coefficients, prompts: PromptBuilder
+        self,
+        groups: Sequence[TraceGroup],
+        phase: Phase,
+        coefficients: Coefficients,
+        prompts: PromptBuilder,
+        stale: bool,
     ) -> tuple[tuple[tuple[Row, ...], ...], tuple[int, ...]]:
         rows, counts = [], []
         for g, group in enumerate(groups):
@@ -188,6 +255,8 @@ class WindowMaker:
             null = not made or (coefficients.null is not None and bool(coefficients.null[g]))
             if null and phase.null_group == "dataset":
                 made, null = dataset_rows(group, phase, prompts), False
+            if stale and phase.clip is not None:
+                made = [replace(row, old=sampler_logps(row, group)) for row in made]
             rows.append(() if null else tuple(made))
             counts.append(0 if null and phase.null_group == "renormalise" else 1)
         return self._with_references(rows, phase), tuple(counts)
@@ -197,13 +266,20 @@ class WindowMaker:
         if phase.clip is None and not phase.kl:
             return tuple(rows)
         flat = [row for group in rows for row in group]
-        old: list = [None] * len(flat)
-        ref: list = [None] * len(flat)
-        if phase.clip is not None:
-            old = self.engine.score([ScoreRequest(r.context, r.target, Law(r.adapter)) for r in flat])
-        if phase.kl:
-            ref = self.engine.score([ScoreRequest(r.context, r.target, Law(None)) for r in flat])
-        done = iter(replace(r, old=o, ref=f) for r, o, f in zip(flat, old, ref, strict=True))
+
+        def own_share() -> list[tuple[tuple[float, ...] | None, tuple[float, ...] | None]]:
+            own = [flat[i] for i in self.ranks.share(len(flat))]
+            old: list = [r.old for r in own]  # the sampler's, where an earlier version drew
+            ref: list = [None] * len(own)
+            if phase.clip is not None and any(o is None for o in old):
+                old = self.engine.score([ScoreRequest(r.context, r.target, Law(r.adapter)) for r in own])
+            if phase.kl:
+                ref = self.engine.score([ScoreRequest(r.context, r.target, Law(None)) for r in own])
+            return list(zip(old, ref, strict=True))
+
+        shares = [iter(share) for share in self.ranks.together(own_share)]
+        scored = [next(shares[i % len(shares)]) for i in range(len(flat))]
+        done = iter(replace(row, old=old, ref=ref) for row, (old, ref) in zip(flat, scored, strict=True))
         return tuple(tuple(next(done) for _ in group) for group in rows)
 
 

@@ -32,6 +32,7 @@ def recipe() -> Recipe:
         evidence=Evidence("logp"),
         targets="gold",
         needs=frozenset({"logp_prior", "logq"}),
+        off_policy=True,
     )
     return Recipe(
         "rws",

@@ -117,6 +117,7 @@ def recipe(
         evidence=shared,
         targets=targets,
         needs=_needs(ratio, min_weight, min_token),
+        off_policy=ratio != "zero",
         null_group=null_group,
     )
     posterior = Phase(
