@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlm_reason.cli import train
-from vlm_reason.cli.main import add_common_arguments, execute, parse
+from vlm_reason.cli.main import add_common_arguments, add_overrides, execute, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="CONFIG", help="YAML file that describes the run")
+    add_overrides(parser)
     add_common_arguments(parser)
     parser.set_defaults(command=train.COMMAND)
     if os.environ.get("RANK", "0") != "0":

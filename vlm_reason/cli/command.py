@@ -13,7 +13,7 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Command:
     """run(options) gives what --json prints; show(result) prints the same for people. `after_interrupt` tells
-    what Ctrl-C left behind."""
+    what Ctrl-C left behind. `takes_config`: its first argument is CONFIG, with key=value behind it."""
 
     name: str
     help: str
@@ -23,3 +23,4 @@ class Command:
     run: Callable[[argparse.Namespace], Result]
     show: Callable[[Result], None]
     after_interrupt: str
+    takes_config: bool = True

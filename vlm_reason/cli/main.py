@@ -78,6 +78,10 @@ def execute(options: argparse.Namespace) -> int:
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes `key=value` only where the first of them stands; we take them behind options too."""
     options, rest = parser.parse_known_args(arguments)
+    if not options.command.takes_config:
+        if rest:
+            parser.error(f"unrecognized argument {rest[0]!r} (see vlm-reason {options.command.name} --help)")
+        return options
     for argument in rest:
         if argument.startswith("-") or "=" not in argument:
             parser.error(f"unrecognized argument {argument!r} (see vlm-reason {options.command.name} --help)")
@@ -101,21 +105,27 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=command.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("config", metavar="CONFIG", help="YAML file that describes the run")
+        if command.takes_config:
+            sub.add_argument("config", metavar="CONFIG", help="YAML file that describes the run")
+            add_overrides(sub)
         add_common_arguments(sub)
         command.add_arguments(sub)
         sub.set_defaults(command=command)
     return parser
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command takes beside CONFIG."""
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What every command that takes a config takes behind it."""
     parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
         help="change a key of the file; dots enter sections (trainer.learning_rate=1e-4); values are YAML",
     )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes."""
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
     )
