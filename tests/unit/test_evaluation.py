@@ -224,7 +224,7 @@ def test_pass_at_k_is_the_average_over_subsets() -> None:
             assert pass_at_k_of_item(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
             assert pass_hat_k_of_item(n, c, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
     assert math.isnan(pass_at_k_of_item(4, 4, 5)) and math.isnan(pass_hat_k_of_item(4, 4, 5))
-    estimate = pass_at_k([4, 4, 2], [1, 4, 2], 3)
+    estimate = pass_at_k([1, 4, 2], [4, 4, 2], 3)
     assert estimate.value == pytest.approx((0.75 + 1) / 2) and estimate.n_dropped == 1
     for bad in [(3, 4, 1), (3, 1, 0)]:
         with pytest.raises(ValueError):

@@ -7,6 +7,7 @@ by name.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..engines.rollout import Draw, Prompts, roll_out
 from ..errors import UserError
 from ..stats import PairedEstimate, clustered, paired_difference
 from ..store import Judge, Provenance, SampleRecord, records_of
-from ..types import Estimate, Problem
+from ..types import Estimate, Problem, Trace
 from .metrics import accuracy, pass_at_k
 
 TraceKey = tuple[str, int, int]
@@ -117,8 +118,9 @@ def draw(
     progress: str | None = None,
 ) -> list[SampleRecord]:
     """The judged records of `config.traces` x `config.answers` samples a problem, drawn from the prior
-    prompt."""
-    name = f"{config.adapter or 'base'}/prior"
+    prompt. Members of a posterior draw with seeds of their own. UserError for a log-probability that is not a
+    number: nothing of such a model is kept."""
+    name = "base/prior" if config.adapter is None else "reasoner/prior"
     plan = [Draw(name, config.adapter, False, config.temperature, config.top_p)] * config.traces
     groups = roll_out(
         engine,
@@ -127,20 +129,41 @@ def draw(
         plan,
         run_seed=config.seed,
         stream="eval",
+        visit=visit_of(provenance),
         max_trace_tokens=config.max_trace_tokens,
         max_answer_tokens=config.max_answer_tokens,
         answers_per_trace=config.answers,
         answer_law=Law(config.adapter, config.temperature, config.top_p),
         progress=progress,
     )
+    for group in groups:
+        for trace in group.traces:
+            _check_finite(trace, provenance.weights)
     return [record for group in groups for record in records_of(group, provenance, judge)]
 
 
-def summarise(records: Sequence[SampleRecord], seconds: float = 0.0) -> EvalResult:
-    """The result of judged records of one model. A cut trace counts as one wrong sample for each answer it
-    did not get, so that it weighs as much as any other trace. UserError for records of several models or
-    without verdicts."""
-    _check_one_model(records)
+def visit_of(provenance: Provenance) -> int:
+    """The `visit` in the seeds of an evaluation: the member, so that members draw independently."""
+    return provenance.member or 0
+
+
+def _check_finite(trace: Trace, weights: str) -> None:
+    for completion in (trace.completion, *trace.answers):
+        if not all(map(math.isfinite, completion.logps)):
+            raise UserError(
+                f"the model (weights {weights}) gave problem {trace.problem_id!r} a log-probability that is not finite: "
+                "its weights hold NaN, or its dtype overflows (float16); nothing was stored. Mend the weights or use "
+                "dtype bfloat16 or float32"
+            )
+
+
+def summarise(records: Sequence[SampleRecord], seconds: float = 0.0, members: bool = False) -> EvalResult:
+    """The result of judged records of one model, or with `members` of an equal mixture of several. A cut trace
+    counts as one wrong sample for each answer it did not get, so that it weighs as much as any other trace.
+    UserError for records without verdicts and, unless `members`, of several models."""
+    if not members:
+        _check_one_model(records)
+    _check_judged(records)
     traces: dict[TraceKey, list[SampleRecord]] = {}
     for record in records:
         traces.setdefault((record.problem_id, record.k, record.seed), []).append(record)
@@ -176,6 +199,9 @@ def _check_one_model(records: Sequence[SampleRecord]) -> None:
         raise UserError(
             f"records of {len(models)} models ({', '.join(models)}) cannot be one accuracy: choose one"
         )
+
+
+def _check_judged(records: Sequence[SampleRecord]) -> None:
     unjudged = next((r for r in records if r.answered and r.correct is None), None)
     if unjudged is not None:
         raise UserError(
@@ -204,4 +230,4 @@ def _pass_at(traces: Mapping[TraceKey, Sequence[SampleRecord]]) -> dict[int, Est
         right[problem] = right.get(problem, 0) + bool(group[0].correct)
     most = max(n.values(), default=0)
     sizes = [k for k in (1 << i for i in range(most.bit_length())) if 1 < k <= most]
-    return {k: pass_at_k(list(n.values()), list(right.values()), k) for k in sizes}
+    return {k: pass_at_k(list(right.values()), list(n.values()), k) for k in sizes}

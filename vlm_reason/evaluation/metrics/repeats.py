@@ -1,23 +1,14 @@
-"""Metrics of answers: plain functions on arrays, each returning an Estimate."""
+"""Several draws an item: is any right, are all right, is the best-scored one right?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from ..stats import clustered_share, mean_interval, wilson
-from ..types import Estimate
-
-
-def accuracy(correct: ArrayLike, items: Sequence[Hashable]) -> Estimate:
-    """mean(correct). One 0/1 sample an item: Wilson interval. Otherwise the item is the cluster (several
-    samples of one item are not independent): see `stats.clustered`. `n` counts samples."""
-    values = np.asarray(correct, dtype=float).ravel()
-    once = len(set(items)) == len(items)
-    return wilson(values) if once and bool(np.isin(values, (0, 1)).all()) else clustered_share(values, items)
+from ...stats import OnInvalid, mean_interval
+from ...types import Estimate
 
 
 def pass_at_k_of_item(n: int, correct: int, k: int) -> float:
@@ -41,17 +32,24 @@ def pass_hat_k_of_item(n: int, correct: int, k: int) -> float:
     return math.nan if k > n else math.comb(correct, k) / math.comb(n, k)
 
 
-def pass_at_k(n: Sequence[int], correct: Sequence[int], k: int) -> Estimate:
+def pass_at_k(correct: Sequence[int], total: Sequence[int], k: int) -> Estimate:
     """Mean over items of `pass_at_k_of_item`, t interval over items. Items with fewer than k draws are
     dropped and counted in `n_dropped`."""
-    values = [pass_at_k_of_item(a, c, k) for a, c in zip(n, correct, strict=True)]
+    values = [pass_at_k_of_item(a, c, k) for c, a in zip(correct, total, strict=True)]
     return mean_interval(values, on_invalid="drop")
 
 
-def pass_hat_k(n: Sequence[int], correct: Sequence[int], k: int) -> Estimate:
+def pass_hat_k(correct: Sequence[int], total: Sequence[int], k: int) -> Estimate:
     """Mean over items of `pass_hat_k_of_item`, as `pass_at_k`."""
-    values = [pass_hat_k_of_item(a, c, k) for a, c in zip(n, correct, strict=True)]
+    values = [pass_hat_k_of_item(a, c, k) for c, a in zip(correct, total, strict=True)]
     return mean_interval(values, on_invalid="drop")
+
+
+def best_of_k(
+    scores: Sequence[ArrayLike], correct: Sequence[ArrayLike], k: int, *, on_invalid: OnInvalid = "raise"
+) -> Estimate:
+    """Expected correctness of the best-scored of k draws. scores[i], correct[i]: the n_i draws of item i."""
+    raise NotImplementedError
 
 
 def _check_counts(n: int, correct: int, k: int) -> None:
