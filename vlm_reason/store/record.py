@@ -47,8 +47,16 @@ class SampleRecord:
     *_logps are per token, in nats, under the law that sampled them (temperature and top_p applied). `weights`
     and `engine` as in `sample_key`; `member` numbers the draw of a weight posterior. `correct`, `score`,
     `parsed`, `failed` are the verifier's verdict, None where it was not asked; `canonical` is the answer's
-    class, None where it could not be read. `extra` keeps fields a newer version wrote, and what a metric
-    wants to add.
+    class, None where it could not be read. `reward` is an outside score of the sample (a reward model's), any
+    real number.
+
+    text_only: taken over from a file that kept no token ids and no log-probabilities. They are unknown then, not
+    empty: ids and log-probabilities must be (), and nothing may be computed from them. `finish` is "stop" where the
+    file did not say.
+
+    `extra` keeps fields a newer version wrote, and what only some tasks have. Names with a meaning here:
+        choice_logps  log p(choice | x), nats, of each of the K options that were scored (K differs between items)
+        choice_gold   index of the right option
     """
 
     key: str
@@ -81,6 +89,8 @@ class SampleRecord:
     parsed: str | None = None
     failed: bool | None = None
     canonical: str | None = None
+    reward: float | None = None
+    text_only: bool = False
     extra: Mapping[str, JSON] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +100,10 @@ class SampleRecord:
                 raise ValueError(f"{len(ids)} {name} ids but {len(logps)} log-probabilities")
             if not all(map(math.isfinite, logps)):
                 raise ValueError(f"{self.problem_id}: {name} log-probability {logps} is not finite")
+            if self.text_only and ids:
+                raise ValueError(f"{self.problem_id}: a text-only sample with {len(ids)} {name} ids")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"{self.problem_id}: reward {self.reward} is not finite")
 
     @property
     def complete(self) -> bool:
