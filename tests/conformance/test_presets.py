@@ -463,6 +463,32 @@ def test_vr_least_likely_token_gate_takes_the_evidence_of_a_trace_the_model_woul
     assert 0.05 < update.null_rate < 0.95
 
 
+def test_vr_joint_gate_takes_the_evidence_of_a_trace_the_model_would_not_write():
+    world = small_world()
+    q = world.logq(0).detach()
+    prior = world.logp_prior().detach()
+    gate = float((prior + world.logp_answers().detach()[:, GOLD]).median())
+    gap = prior - q
+
+    def weights(z: Tensor) -> Tensor:
+        evidence = world.logp_answers().detach()[:, GOLD][z]
+        return normalised((evidence + gap[z]).exp() * (prior[z] + evidence >= gate))
+
+    phase = phase_of("vr", 0, ratio="none", evidence="logp", wake="none", min_joint=gate)
+    update = world.expected_update(phase.weigh, q, GOLD, 2)
+    expected = 0.0
+    for i in range(len(q)):
+        for j in range(len(q)):
+            z = torch.tensor([i, j])
+            c = weights(z)
+            expected = (
+                expected
+                + (q[i] + q[j]).exp() * (c * (world.logp_prior() + world.logp_answers()[:, GOLD])[z]).sum()
+            )
+    assert update.distance(world.gradient(expected)) < TIGHT
+    assert 0.05 < update.null_rate < 0.95
+
+
 def test_vr_same_wake_trains_the_posterior_on_the_reasoners_weights(world):
     q = world.logq(GOLD).detach()
     phase = phase_of("vr", 0, ratio="none", evidence="logp", wake="same")

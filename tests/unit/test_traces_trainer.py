@@ -262,6 +262,11 @@ def test_settings_that_would_fail_late_or_be_ignored_are_refused(tmp_path, setti
             {"min_token": 0.5},
             "'min_token' of preset 'vr' is a log-probability in nats: it must be <= 0",
         ),
+        (
+            "vr",
+            {"min_joint": 1},
+            "'min_joint' of preset 'vr' is a log-probability in nats: it must be <= 0",
+        ),
         ("vr", {"min_weight": -1}, "'min_weight' of preset 'vr' must be >= 0"),
     ],
 )

@@ -17,6 +17,9 @@ Options
     min_token  a trace with a token (of z or y*) that pi finds less likely than this log-probability, in nats, has
                evidence 0. A leak penalty: behind a hint the model writes steps that end in the answer whether or
                not they follow; pi, which has not seen the hint, finds the one token where they stop following
+    min_joint  a trace with log pi(z|x) + log e(z) below this, in nats, has evidence 0: the same penalty on the whole of
+               z and the answer. It keeps more of the sound traces at one purity while traces are short; its meaning
+               shifts with their length, that of min_token does not
     wake       prior  phase 1 as above      same  q learns from phase 2's own weights      none  q is never trained
 
 With `ratio="none"` the coefficients are the gradient of the K-trace bound; any other ratio makes it biased
@@ -46,9 +49,18 @@ def weigh_posterior(scores: Scores, state: State) -> tuple[Coefficients, State]:
 
 
 def weigh_reasoner(
-    scores: Scores, state: State, *, ratio: Ratio, min_weight: float, min_token: float | None, both: bool
+    scores: Scores,
+    state: State,
+    *,
+    ratio: Ratio,
+    min_weight: float,
+    min_token: float | None,
+    min_joint: float | None,
+    both: bool,
 ) -> tuple[Coefficients, State]:
     evidence = scores.log_evidence
+    if min_joint is not None:
+        evidence = evidence.masked_fill(scores.logp_prior + evidence < min_joint, -math.inf)
     if min_token is not None:
         assert scores.worst_token is not None
         evidence = evidence.masked_fill(scores.worst_token < min_token, -math.inf)
@@ -64,9 +76,10 @@ def weigh_reasoner(
     return Coefficients(c_z=c, c_q=c if both else None, c_y=per_answer(c, scores), null=no_signal(c)), state
 
 
-def _needs(ratio: str, min_weight: float, min_token: float | None) -> frozenset[str]:
-    """Without a ratio, neither density is asked for: that saves a scoring pass per component of the proposal."""
+def _needs(ratio: str, min_weight: float, min_token: float | None, min_joint: float | None) -> frozenset[str]:
+    """Without a ratio, the proposal's density is not asked for: that saves a scoring pass per component of it."""
     densities = {"logp_prior", "logq"} if ratio != "zero" or min_weight > 0 else set()
+    densities |= {"logp_prior"} if min_joint is not None else set()
     return frozenset(densities | ({"logp_answer", "worst_token"} if min_token is not None else set()))
 
 
@@ -80,6 +93,7 @@ def recipe(
     clip_high: float = 0.0,
     min_weight: float = 0.0,
     min_token: float | None = None,
+    min_joint: float | None = None,
     evidence: EvidenceKind = "accuracy",
     samples: int = 8,
     wake: Literal["prior", "same", "none"] = "prior",
@@ -91,10 +105,11 @@ def recipe(
         raise UserError(
             f"option 'min_weight' of preset 'vr' must be >= 0 (a probability; 0 = off), got {min_weight}"
         )
-    if min_token is not None and min_token > 0:
-        raise UserError(
-            f"option 'min_token' of preset 'vr' is a log-probability in nats: it must be <= 0, got {min_token}"
-        )
+    for name, gate in (("min_token", min_token), ("min_joint", min_joint)):
+        if gate is not None and gate > 0:
+            raise UserError(
+                f"option '{name}' of preset 'vr' is a log-probability in nats: it must be <= 0, got {gate}"
+            )
     one_network = "hinted" in (proposal, partner if proposal == "mixture" else proposal)
     adapter: Literal["reasoner", "posterior"] = "reasoner" if one_network else "posterior"
     guide = Component(adapter, "hinted", share=1 - prior_share if proposal == "mixture" else 1.0)
@@ -109,6 +124,7 @@ def recipe(
             ratio=settings[ratio] if ratio in settings else ratio_named(ratio),
             min_weight=min_weight,
             min_token=min_token,
+            min_joint=min_joint,
             both=wake == "same",
         ),
         trains=("reasoner", "posterior") if wake == "same" and adapter == "posterior" else ("reasoner",),
@@ -116,7 +132,7 @@ def recipe(
         proposal=Proposal(parts),
         evidence=shared,
         targets=targets,
-        needs=_needs(ratio, min_weight, min_token),
+        needs=_needs(ratio, min_weight, min_token, min_joint),
         off_policy=ratio != "zero",
         null_group=null_group,
     )
