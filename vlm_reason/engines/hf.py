@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,15 @@ from ..compat.peft import lean_lora
 from ..errors import UserError
 from ..models.adapters import use_adapter
 from ..models.attention import folded_attention
-from ..scoring.logprobs import batches, context_length, head_logits, score_sequences, unwrap
+from ..scoring.forest import TokenPair
+from ..scoring.logprobs import (
+    batches,
+    context_length,
+    head_logits,
+    head_logprobs_and_best,
+    score_sequences,
+    unwrap,
+)
 from ..types import Completion, Finish
 from .base import Law, SampleRequest, ScoreRequest
 from .cache import new_cache, select, shares_prefixes
@@ -84,27 +93,60 @@ class HFEngine:
                         results.update(zip(chosen, self._sample_batch(batch, law, bar), strict=True))
         return [results[i] for i in range(len(requests))]
 
-    @torch.no_grad()
     def score(self, requests: Sequence[ScoreRequest], progress: str | None = None) -> list[tuple[float, ...]]:
+        return [logps for logps, _ in self._score(requests, progress, greedy=False)]
+
+    def score_greedy(
+        self, requests: Sequence[ScoreRequest], progress: str | None = None
+    ) -> list[tuple[tuple[float, ...], bool]]:
+        """What `score` returns, and whether greedy decoding behind the context would write the target (ties count)."""
+        return self._score(requests, progress, greedy=True)
+
+    @torch.no_grad()
+    def _score(
+        self, requests: Sequence[ScoreRequest], progress: str | None, greedy: bool
+    ) -> list[tuple[tuple[float, ...], bool]]:
         check_score(requests, self.context)
-        results: dict[int, tuple[float, ...]] = {}
+        results: dict[int, tuple[tuple[float, ...], bool]] = {}
         with _bar(progress, len(requests)) as bar:
             for law, indices in _by_law([r.law for r in requests]):
                 pairs = [(requests[i].context_ids, requests[i].target_ids) for i in indices]
                 with self._serving(law):
                     for batch in batches(self.model, pairs, self.score_tokens):
-                        chosen = [pairs[j] for j in batch.members]
-                        logps, _ = score_sequences(self.model, chosen, law.temperature, law.top_p)
-                        for j, row in zip(batch.members, logps.tolist(), strict=True):
-                            results[indices[j]] = tuple(row[: len(pairs[j][1])])
+                        for j, scored in zip(
+                            batch.members,
+                            self._score_batch([pairs[j] for j in batch.members], law, greedy),
+                            strict=True,
+                        ):
+                            results[indices[j]] = scored
                         bar.update(len(batch.members))
         return [results[i] for i in range(len(requests))]
+
+    def _score_batch(
+        self, pairs: list[TokenPair], law: Law, greedy: bool
+    ) -> list[tuple[tuple[float, ...], bool]]:
+        if not greedy:
+            logps, _ = score_sequences(self.model, pairs, law.temperature, law.top_p)
+            return [
+                (tuple(row[: len(target)]), False)
+                for row, (_, target) in zip(logps.tolist(), pairs, strict=True)
+            ]
+        both, mask = score_sequences(
+            self.model, pairs, law.temperature, law.top_p, read=head_logprobs_and_best
+        )
+        if both.dim() == 2:  # no batch member has a target
+            return [((), True) for _ in pairs]
+        first = ((both[..., 0] >= both[..., 1]) | ~mask).all(-1).tolist()
+        return [
+            (tuple(row[: len(target)]), best)
+            for row, best, (_, target) in zip(both[..., 0].tolist(), first, pairs, strict=True)
+        ]
 
     @contextmanager
     def _serving(self, law: Law) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(use_adapter(self.model, law.adapter))
-            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(evaluating(self.model))
             stack.enter_context(folded_attention(unwrap(self.model)))
             stack.enter_context(lean_lora(self.model))
             yield
@@ -119,7 +161,7 @@ class HFEngine:
         )
         u = torch.from_numpy(table).to(device)  # [B, steps]; a row past its cap is never read
         rows = [_Row() for _ in requests]
-        state = _prefill(causal, [r.prompt_ids for r in requests], device)
+        state = self._begin([r.prompt_ids for r in requests], device)
         live = list(range(len(requests)))  # batch row b of the model is request live[b]
         for step in range(steps):
             tokens, logps = draw(state.logits, u[live, step], law)
@@ -137,8 +179,15 @@ class HFEngine:
                 live = [live[b] for b in keep]
                 state = state.select(keep)
                 tokens = tokens[torch.tensor(keep, device=device)]
-            state = _decode(causal, state, tokens)
+            state = self._step(state, tokens)
         return [self._completion(r, row) for r, row in zip(requests, rows, strict=True)]
+
+    def _begin(self, prompts: list[tuple[int, ...]], device: torch.device) -> Decoding:
+        return prefill(unwrap(self.model), prompts, device)
+
+    def _step(self, state: Decoding, tokens: Tensor) -> Decoding:
+        assert isinstance(state, State)
+        return decode_step(unwrap(self.model), state, tokens)
 
     def _finish(self, request: SampleRequest, ids: list[int], cap: int) -> Finish | None:
         rule = request.stop
@@ -163,8 +212,16 @@ class _Row:
     finish: Finish | None = None
 
 
+class Decoding(Protocol):
+    """Between two steps of decoding: logits [B, V] of the next token, and rows that can leave."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    def select(self, rows: list[int]) -> Decoding: ...
+
+
 @dataclass(frozen=True)
-class _State:
+class State:
     """Between two steps. logits [B, V] of the next token; position [B] that token will have; mask [B, L] of the cache,
     None when no slot is padding."""
 
@@ -173,14 +230,14 @@ class _State:
     position: Tensor
     mask: Tensor | None
 
-    def select(self, rows: list[int]) -> _State:
+    def select(self, rows: list[int]) -> State:
         index = torch.tensor(rows, device=self.logits.device)
         select(self.cache, rows, self.logits.device)
         mask = None if self.mask is None else self.mask[index]
-        return _State(self.cache, self.logits[index], self.position[index], mask)
+        return State(self.cache, self.logits[index], self.position[index], mask)
 
 
-def _prefill(causal: PreTrainedModel, prompts: list[tuple[int, ...]], device: torch.device) -> _State:
+def prefill(causal: PreTrainedModel, prompts: list[tuple[int, ...]], device: torch.device) -> State:
     """Run every distinct prompt once, and what all of them have in common once for all.
 
     Cache layout: [common prefix][left padding][rest of the prompt], so that the last token of every row is in the last
@@ -206,19 +263,19 @@ def _prefill(causal: PreTrainedModel, prompts: list[tuple[int, ...]], device: to
     position = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, shared:]
     kept = None if bool(mask.all()) else mask
     hidden = _backbone(causal, ids, cache, kept, position)
-    state = _State(cache, head_logits(causal, hidden[:, -1]), position[:, -1] + 1, kept)
+    state = State(cache, head_logits(causal, hidden[:, -1]), position[:, -1] + 1, kept)
     where = {prompt: n for n, prompt in enumerate(unique)}
     return state if len(unique) == len(prompts) else state.select([where[p] for p in prompts])
 
 
-def _decode(causal: PreTrainedModel, state: _State, tokens: Tensor) -> _State:
+def decode_step(causal: PreTrainedModel, state: State, tokens: Tensor) -> State:
     mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, 1), value=True)
     context = context_length(causal)
     position = (
         state.position.clamp_max(context - 1) if context else state.position
     )  # finished rows may run past it
     hidden = _backbone(causal, tokens[:, None], state.cache, mask, position[:, None])
-    return _State(state.cache, head_logits(causal, hidden[:, -1]), state.position + 1, mask)
+    return State(state.cache, head_logits(causal, hidden[:, -1]), state.position + 1, mask)
 
 
 def _backbone(
@@ -243,7 +300,7 @@ def _by_law(laws: list[Law]) -> Iterator[tuple[Law, list[int]]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()

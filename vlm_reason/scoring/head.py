@@ -77,6 +77,19 @@ def head_logprobs(
     return torch.cat([chunk(h, t) for h, t in pairs])
 
 
+def head_logprobs_and_best(
+    causal: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
+    """[R, 2] fp32: log p(targets[r] | hidden[r]) as `head_logprobs`, and max_v log p(v | hidden[r]). The target is what
+    greedy decoding would write exactly where the two are equal (ties included). No gradient."""
+    rows = max(1, CHUNK // causal.config.get_text_config().vocab_size)
+    parts = []
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logp = log_law(head_logits(causal, h), temperature, 1.0 if temperature == 0 else top_p)
+        parts.append(torch.stack([logp.gather(-1, t[:, None]).squeeze(-1), logp.amax(-1)], -1))
+    return torch.cat(parts)
+
+
 def head_logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [R, V] as the model's own forward makes them: LM head, then the scale and soft cap some families apply."""
     x = causal.get_output_embeddings()(hidden)

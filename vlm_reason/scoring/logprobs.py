@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from .enter import unwrap as unwrap
 from .forest import Batch, TokenPair, Wanted, forest_batches
 from .head import head_logits as head_logits
+from .head import head_logprobs as head_logprobs
+from .head import head_logprobs_and_best as head_logprobs_and_best
 from .head import log_law as log_law
 from .padded import microbatches as microbatches
 from .padded import padded_batches, score_padded
-from .tree import inputs_of, score_tree, wanted_mask, way
+from .tree import Reader, inputs_of, score_tree, wanted_mask, way
 
 
 def score_sequences(
@@ -27,6 +29,7 @@ def score_sequences(
     temperature: float = 1.0,
     top_p: float = 1.0,
     wanted: Wanted | None = None,
+    read: Reader = head_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token for N sequences, under the model's active adapter.
 
@@ -37,9 +40,11 @@ def score_sequences(
 
     With gradient checkpointing, call `backward` inside the same `use_adapter` and `tree_attention` blocks: the
     recomputation uses whichever adapter and attention are active then.
+
+    `read`: what is read off the hidden states in place of `head_logprobs`; [R, C] values make `logps` [N, T, C].
     """
     score = score_padded if way(model) == "padded" else score_tree
-    return score(model, sequences, temperature, top_p, wanted)
+    return score(model, sequences, temperature, top_p, wanted, read)
 
 
 def batches(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .enter import entered
 from .forest import Batch, TokenPair, Wanted
 from .head import head_logprobs
-from .tree import inputs_of, wanted_mask
+from .tree import Reader, inputs_of, laid_out, wanted_mask
 
 
 def score_padded(
@@ -24,6 +24,7 @@ def score_padded(
     temperature: float = 1.0,
     top_p: float = 1.0,
     wanted: Wanted | None = None,
+    read: Reader = head_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token, as `logprobs.score_sequences` says."""
     mask = wanted_mask(sequences, wanted)
@@ -45,10 +46,10 @@ def score_padded(
         hidden = causal.get_decoder()(
             input_ids=input_ids, position_ids=position, use_cache=False
         ).last_hidden_state  # [N, S, H]
-        return head_logprobs(causal, hidden.flatten(0, 1).index_select(0, rows), targets, temperature, top_p)
+        return read(causal, hidden.flatten(0, 1).index_select(0, rows), targets, temperature, top_p)
 
-    logp, mask = entered(model, body), mask.to(device)
-    return torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_scatter(mask, logp), mask
+    values, mask = entered(model, body), mask.to(device)
+    return laid_out(values, mask), mask
 
 
 def padded_batches(lengths: Sequence[int], token_budget: int) -> list[Batch]:

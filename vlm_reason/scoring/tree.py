@@ -18,7 +18,7 @@ The last two say once that prefixes are not shared.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,9 @@ from .forest import Forest, TokenPair, Wanted, grow
 from .head import head_logprobs
 
 Way = Literal["tree", "mask", "packed", "padded"]
+
+Reader = Callable[[PreTrainedModel, Tensor, Tensor, float, float], Tensor]
+"""(causal, hidden [R, H], targets [R], temperature, top_p) -> [R] or [R, C] fp32: what is read at the wanted rows."""
 
 _ATTENTION = {
     "recurrent": "recurrent layers",
@@ -69,6 +72,7 @@ def score_tree(
     temperature: float = 1.0,
     top_p: float = 1.0,
     wanted: Wanted | None = None,
+    read: Reader = head_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token, as `logprobs.score_sequences` says. The model takes forests (`way`)."""
     mask = wanted_mask(sequences, wanted)
@@ -92,11 +96,18 @@ def score_tree(
                 use_cache=False,
                 **_structure(causal, forest, how, device),
             ).last_hidden_state[0]  # [S, H]
-        return head_logprobs(causal, hidden.index_select(0, rows), targets, temperature, top_p)
+        return read(causal, hidden.index_select(0, rows), targets, temperature, top_p)
 
-    logp = entered(model, body)[torch.tensor(place, device=device)]
+    values = entered(model, body)[torch.tensor(place, device=device)]
     mask = mask.to(device)
-    return torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_scatter(mask, logp), mask
+    return laid_out(values, mask), mask
+
+
+def laid_out(values: Tensor, mask: Tensor) -> Tensor:
+    """What was read at the wanted targets, [W] or [W, C], at their places: [N, T] or [N, T, C], 0 elsewhere."""
+    if values.dim() > 1:
+        mask = mask[..., None].expand(*mask.shape, values.shape[-1])
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, values)
 
 
 def wanted_mask(sequences: Sequence[TokenPair], wanted: Wanted | None) -> Tensor:
