@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 from ..compat.deepspeed_log import keep_stdout_clean
 from ..errors import UserError
-from . import evaluate, plan, rank, sample, serve, train
+from . import evaluate, import_, plan, rank, sample, serve, train
 from .command import Command
 from .output import dump_json, json_stdout
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND, plan.COMMAND, serve.COMMAND,
+    import_.COMMAND,
 )  # fmt: skip
 
 _DESCRIPTION = """\
@@ -36,6 +37,7 @@ examples:
   vlm-reason eval recipe.yaml --json > result.json   accuracy with intervals, base against trained
   vlm-reason plan recipe.yaml --device h100          time, tokens and memory before it starts
   vlm-reason serve recipe.yaml                       a vLLM server for engine.mode server
+  vlm-reason import samples.jsonl -o STORE           samples of another program, for metrics and reports
 
 vlm-reason COMMAND --help says more of each."""
 
