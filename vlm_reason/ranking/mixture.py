@@ -46,8 +46,8 @@ def mixture(candidates: Candidates) -> Ranking:
 
 
 def importance(candidates: Candidates) -> Ranking:
-    """Rank by the self-normalised importance estimate of p(c | x). Flags `low_ess` (less than 2, or a tenth of the draws) and
-    `heavy_tail` (Pareto k above what N draws can carry)."""
+    """Rank by the self-normalised importance estimate of p(c | x). Flags `low_ess` (less than 2, or a tenth of the
+    draws) and `heavy_tail` (Pareto k above what N draws can carry)."""
     logp = candidates.need("logp_answer", "importance")
     logw = log_ratio(candidates, "importance")
     weight = candidates.log_share + logw
