@@ -1,0 +1,236 @@
+"""The columns of one system, problem by problem: its draws, the answer it settles on, and how sure it is of that.
+
+A draw is a trace with the first answer behind it: further answers behind one trace are not independent draws of the
+model. They do count in the accuracy, where a trace is worth the mean of its answers. A draw that was cut, and an answer
+that cannot be read, is wrong; it votes for nothing and stays in the denominator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+
+from ..errors import UserError
+from ..store import Columns
+from .metrics import vote_fraction
+
+Array = NDArray[np.float64]
+Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+Confidence = Literal["votes", "choices", "likelihood"]
+
+
+@dataclass(frozen=True)
+class Items:
+    """P problems with T draws, those of one problem behind one another, in order of (weights, member, seed, k).
+
+    ids     [P]      problem ids, in order of first appearance in the columns
+    start   [P + 1]  problem i has the draws start[i] : start[i + 1]
+    draws            columns of the T draws
+    right   [T]      mean correctness of the answers behind the trace
+    rows             columns of all records, further answers included
+    """
+
+    ids: tuple[str, ...]
+    start: Int
+    draws: Columns
+    right: Array
+    rows: Columns
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n(self) -> Int:
+        """[P] draws of each problem."""
+        return np.diff(self.start)
+
+    @cached_property
+    def item(self) -> Int:
+        """[T] the problem of each draw."""
+        return np.repeat(np.arange(len(self)), self.n)
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """Numbers of the members of a weight posterior; empty for one model."""
+        found = np.unique(self.draws.member)
+        return tuple(found[found >= 0].tolist())
+
+    def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """A [T] array as one array a problem."""
+        return np.split(values, self.start[1:-1]) if len(self) else []
+
+    def mean(self, values: NDArray[Any]) -> Array:
+        """[P] means of a [T] array."""
+        return np.bincount(self.item, weights=values, minlength=len(self)) / np.maximum(self.n, 1)
+
+    @cached_property
+    def accuracy(self) -> Array:
+        """[P] mean correctness of the draws."""
+        return self.mean(self.right)
+
+    @cached_property
+    def hits(self) -> Int:
+        """[P] right draws."""
+        return np.bincount(self.item, weights=self.draws.correct, minlength=len(self)).astype(np.int64)
+
+    @cached_property
+    def answers(self) -> list[NDArray[Any]]:
+        """[P] canonical answers of the draws, as codes into `draws.answers`, -1 unread."""
+        return self.split(self.draws.canonical.astype(np.int64))
+
+    @cached_property
+    def gold(self) -> Int:
+        """[P] code of the answer that was judged right most often, -1 where no draw was right."""
+        codes = np.where(self.draws.correct, self.draws.canonical, -1)
+        winners = vote_fraction(self.split(codes.astype(np.int64))).answer
+        return np.array([-1 if winner is None else winner for winner in winners], np.int64)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a system settles on, one entry a problem.
+
+    kind        votes: the answer most draws agree on, its share; choices: the option with the largest probability;
+                likelihood: the one draw, exp of its answer's mean log-probability per token
+    answer      [P] code into `draws.answers` (choices: index of the option), -1 for none
+    confidence  [P] in [0, 1]
+    correct     [P]
+    """
+
+    kind: Confidence
+    answer: Int
+    confidence: Array
+    correct: Bool
+
+
+def items_of(columns: Columns) -> Items:
+    """Group the records of one system. UserError for records of several models, for those that saw the answer, and for
+    answers without a verdict."""
+    check_one_system(columns)
+    rows = columns.where(
+        np.lexsort((columns.m, columns.k, columns.seed, columns.member, columns.weights, columns.problem))
+    )
+    names = ("problem", "weights", "member", "seed", "k")
+    new = np.ones(len(rows), bool)
+    if len(rows):
+        new[1:] = np.any([np.diff(getattr(rows, name)) != 0 for name in names], axis=0)
+    trace = np.cumsum(new) - 1
+    draws = rows.where(new)
+    right = np.bincount(trace, weights=rows.correct) / np.maximum(np.bincount(trace), 1)
+    first = np.flatnonzero(np.diff(draws.problem, prepend=-1))
+    ids = tuple(draws.problems[code] for code in draws.problem[first].tolist())
+    items = Items(ids, np.append(first, len(draws)), draws, right, rows)
+    _check_one_law(items)
+    return items
+
+
+def _check_one_law(items: Items) -> None:
+    """UserError where draws of one problem have several temperatures or top_p: votes pool draws of one law."""
+    for name in ("temperature", "top_p"):
+        values = getattr(items.draws, name)
+        other = np.flatnonzero(values != values[items.start[:-1]][items.item])
+        if len(other):
+            at = int(items.item[other[0]])
+            raise UserError(
+                f"problem {items.ids[at]!r} has samples at {name} {values[items.start[at]]} and {values[other[0]]}; "
+                "choose one"
+            )
+
+
+def check_one_system(columns: Columns) -> None:
+    """UserError unless the records are fair, judged draws of one model, or of one model a member."""
+    if columns.saw_answer.any():
+        raise UserError(
+            f"{int(columns.saw_answer.sum())} of {len(columns)} samples were drawn behind the answer; they predict "
+            "nothing. Choose samples of the prior prompt"
+        )
+    width = len(columns.weight_names) + 1
+    pairs = np.unique((columns.member.astype(np.int64) + 1) * width + columns.weights)
+    members, counts = np.unique(pairs // width, return_counts=True)
+    if (counts > 1).any() or (len(members) > 1 and members[0] == 0):
+        names = sorted({columns.weight_names[code] for code in (pairs % width).tolist()})
+        raise UserError(f"samples of {len(pairs)} models ({', '.join(names)}) are not one system: choose one")
+    unjudged = np.flatnonzero(columns.answered & ~columns.judged)
+    if len(unjudged):
+        name = columns.problems[int(columns.problem[unjudged[0]])]
+        raise UserError(
+            f"{len(unjudged)} samples have no verdict (first: problem {name!r}); judge them first"
+        )
+
+
+def decide(items: Items, kind: Confidence | None = None) -> Decision | None:
+    """The decision of each problem. kind None takes the first that applies: choices where every draw has the
+    probabilities of its options, votes where a problem has several draws, likelihood of the one answer where its
+    log-probability is known. None where nothing applies."""
+    draws = items.draws
+    choices = len(draws) > 0 and bool(
+        (np.diff(draws.choice_start) > 1).all() and (draws.choice_gold >= 0).all()
+    )
+    if kind == "choices" or (kind is None and choices):
+        return _by_choices(items) if choices else None
+    if kind == "votes" or (kind is None and len(items) > 0 and int(items.n.max()) > 1):
+        return _by_votes(items)
+    known = np.isfinite(draws.answer_logp) | ~draws.answered
+    if len(items) == 0 or int(items.n.max()) > 1 or not known.all() or not draws.answered.any():
+        return None
+    mean = np.exp(draws.answer_logp / np.maximum(draws.answer_tokens, 1))
+    confidence = np.where(draws.answered, np.minimum(mean, 1.0), 0.0)
+    return Decision("likelihood", draws.canonical.astype(np.int64), confidence, draws.correct)
+
+
+def _by_votes(items: Items) -> Decision:
+    votes = vote_fraction(items.answers)
+    answer = np.array([-1 if winner is None else winner for winner in votes.answer], np.int64)
+    draws = items.draws
+    supports = (draws.canonical == answer[items.item]) & (draws.canonical >= 0)
+    correct = np.bincount(items.item, weights=supports & draws.correct, minlength=len(items)) > 0
+    return Decision("votes", answer, votes.share, correct)
+
+
+def _by_choices(items: Items) -> Decision:
+    probabilities, gold = choice_probabilities(items), choice_gold(items)
+    answer = np.array([int(p.argmax()) for p in probabilities], np.int64)
+    return Decision("choices", answer, np.array([p.max() for p in probabilities]), answer == gold)
+
+
+def choice_gold(items: Items) -> Int:
+    """[P] index of the right option."""
+    return items.draws.choice_gold[items.start[:-1]].astype(np.int64)
+
+
+def choice_probabilities(items: Items) -> list[Array]:
+    """[P] arrays [K_i]: (1/n) sum over the draws (members) of softmax over the options, K_i as in the item."""
+    members, sizes = choice_log_probabilities(items)
+    log_mean = [logsumexp(block, axis=0) - np.log(len(block)) for block in members]
+    made = [np.exp(log) for log in log_mean]
+    return [p / p.sum() for p in made]
+
+
+def choice_log_probabilities(items: Items) -> tuple[list[Array], Int]:
+    """[P] arrays [n_i, K_i], log softmax of every draw of a problem over its options; and the K_i. UserError where
+    draws of a problem have different numbers of options."""
+    draws = items.draws
+    counts = np.diff(draws.choice_start)
+    sizes = counts[items.start[:-1]]
+    if (counts != sizes[items.item]).any():
+        bad = items.ids[int(items.item[np.flatnonzero(counts != sizes[items.item])[0]])]
+        raise UserError(
+            f"problem {bad!r}: its samples have different numbers of options; they are not one item"
+        )
+    begin, end = draws.choice_start[items.start[:-1]], draws.choice_start[items.start[1:]]
+    made: list[Array] = [np.empty((0, 0))] * len(items)
+    for size in np.unique(sizes):  # one array operation for all problems with as many options and draws
+        for n in np.unique(items.n[sizes == size]):
+            chosen = np.flatnonzero((sizes == size) & (items.n == n))
+            flat = begin[chosen, None] + np.arange(size * n)
+            block = log_softmax(draws.choice_logps[flat].reshape(len(chosen), n, size), axis=-1)
+            for i, own in zip(chosen.tolist(), block, strict=True):
+                made[i] = own
+    assert (end - begin == sizes * items.n).all()
+    return made, sizes
