@@ -2,7 +2,7 @@
 
     types, config, errors <- objectives <- exact
     types <- stats, store, tasks, models <- scoring <- engines <- {traces, prompts, thoughts, weights}
-          <- ranking, evaluation <- cli
+          <- ranking <- evaluation <- cli
 
 What stands in one tier never imports its neighbours, so the four latents never see one another. An engine scores with
 scoring/, never the other way round. Private names of the libraries we build on are imported by compat/ alone.
@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": BASE | {"compat"} | SOURCES,
     "engines": BASE | {"compat"} | SOURCES | {"scoring"},
     **{name: _shared for name in LATENTS},
-    **{name: _shared | LATENTS for name in JUDGES},
+    "ranking": _shared | LATENTS,
+    "evaluation": _shared | LATENTS | {"ranking"},  # the harness runs rankers
     "planning": BASE | SOURCES | ENGINES | {"traces"},
     "__main__": {"cli"},
     "cli": _shared | {"exact", "planning"} | LATENTS | JUDGES,

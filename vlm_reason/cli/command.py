@@ -13,7 +13,8 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Command:
     """run(options) gives what --json prints; show(result) prints the same for people. `after_interrupt` tells
-    what Ctrl-C left behind. `takes_config`: its first argument is CONFIG, with key=value behind it."""
+    what Ctrl-C left behind. `takes_config`: its first argument is CONFIG, with key=value behind it.
+    `status(result)`: the exit status of a run that ended well."""
 
     name: str
     help: str
@@ -24,3 +25,4 @@ class Command:
     show: Callable[[Result], None]
     after_interrupt: str
     takes_config: bool = True
+    status: Callable[[Result], int] = lambda result: 0

@@ -1,5 +1,5 @@
-"""vlm-reason eval: accuracy with intervals, base model against trained, from a model or from stored
-samples."""
+"""vlm-reason eval: a suite of tasks with one model or the members of a posterior; or, given a training recipe, its
+held-out problems with the base model against the trained one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_atomically
 from ..config import RunConfig, from_dict
+from ..errors import UserError
 from .command import Command, Result
 from .output import console, to_json
 from .sample import samples_folder
+from .suite import (
+    NOT_KEPT,
+    failed,
+    holds_suite,
+    parse_requirements,
+    run_suite_command,
+    show_requirements,
+    show_suite,
+)
 from .tables import difference_table, systems_table
 from .wiring import (
     SYSTEMS,
@@ -33,44 +43,81 @@ from .wiring import (
 
 if TYPE_CHECKING:
     from ..evaluation import BoundConfig, BoundResult, EvalConfig, EvalResult
+    from ..types import Estimate
 
 _DESCRIPTION = """\
-Accuracy with 95% intervals. When OUTPUT_DIR holds a trained model, the base and the trained model
-are run on the same problems with the same seeds, and their difference is paired problem by problem.
-A trace that was cut and an answer that cannot be read count as wrong and are listed. Writes
+Metrics with 95% intervals. A trace that was cut and an answer that cannot be read count as wrong and
+are listed.
+
+CONFIG is a suite (evals/suites/*.yaml): every task is drawn into OUTPUT_DIR/TASK/samples, each sample
+once, with `model` or with every model in `members`; OUTPUT_DIR/result.json has the numbers. Stopped at
+any moment, the same command goes on.
+
+Or CONFIG is a training recipe: its held-out problems. When OUTPUT_DIR holds a trained model, base and
+trained are run with the same seeds and their difference is paired problem by problem. Writes
 OUTPUT_DIR/eval/result.json."""
 
 _EPILOG = """\
-keys (section `evaluation`): traces (1), answers (1), temperature (0 = greedy), top_p,
+keys of a recipe (section `evaluation`): traces (1), answers (1), temperature (0 = greedy), top_p,
 max_trace_tokens, max_answer_tokens, seed; bound_traces (0): K > 0 also measures the bound IWAE-K of
 log p(y*|x)
 
 examples:
+  vlm-reason eval evals/suites/arithmetic.yaml model=Qwen/Qwen2.5-0.5B
+  vlm-reason eval evals/suites/math_words.yaml data=DATA members=[runs/a/adapters/reasoner]
+  vlm-reason eval suite.yaml budget.tokens=100000 --require "accuracy.low>=0.6" --audit
   vlm-reason eval recipe.yaml
   vlm-reason eval recipe.yaml evaluation.traces=8 evaluation.temperature=1 evaluation.bound_traces=8
   vlm-reason eval recipe.yaml --from-store             from OUTPUT_DIR/samples, without a model
-  vlm-reason eval recipe.yaml --system base --json"""
+  vlm-reason eval recipe.yaml --require "trained:accuracy>=0.5" --json"""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_problem_choice(parser)
     add_system_choice(parser, default="both, if something was trained")
-    parser.add_argument("--from-store", action="store_true", help="judge stored samples instead of drawing")
-    parser.add_argument("--store", help="folder of samples (default: OUTPUT_DIR/samples)")
+    parser.add_argument(
+        "--from-store", action="store_true", help="recipe: judge stored samples instead of drawing"
+    )
+    parser.add_argument("--store", help="recipe: folder of samples (default: OUTPUT_DIR/samples)")
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="BOUND",
+        help='exit with status 3 unless it holds: "accuracy>=0.6", "gsm8k:accuracy.low>=0.6"; may be repeated',
+    )
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="suite: score 32 stored samples again, each alone; status 3 if they differ",
+    )
+    parser.add_argument(
+        "--audit-tolerance",
+        type=float,
+        metavar="NATS",
+        help="largest difference of a token; default by dtype",
+    )
 
 
 def _run(options: argparse.Namespace) -> Result:
+    if holds_suite(options):
+        return run_suite_command(options)
+    if options.audit or options.audit_tolerance is not None:
+        raise UserError("--audit is for suites, which keep their samples; this config is a training recipe")
+    requirements = parse_requirements(options.require)
     config = read_config(options)
     if options.from_store or options.store:
-        result = _from_store(options.store or str(samples_folder(config.output_dir)), options.system)
+        results, result = _from_store(options.store or str(samples_folder(config.output_dir)), options.system)
     else:
-        result = _from_model(config, options)
+        results, result = _from_model(config, options)
+    rows: dict[str, dict[str, Estimate]] = {name: r.rows() for name, r in results.items()}
+    result["requirements"] = [o.to_json() for r in requirements for o in r.judge(rows)]
     path = Path(config.output_dir) / "eval" / "result.json"
     write_atomically(path, to_json(result, indent=1) + "\n")
     return {"file": str(path), **result}
 
 
-def _from_model(config: RunConfig, options: argparse.Namespace) -> Result:
+def _from_model(config: RunConfig, options: argparse.Namespace) -> tuple[dict[System, EvalResult], Result]:
     from ..evaluation import bound, evaluate
 
     settings, bound_settings = _settings(config)
@@ -86,7 +133,7 @@ def _from_model(config: RunConfig, options: argparse.Namespace) -> Result:
         if bound_settings is not None:
             at = dataclasses.replace(bound_settings, adapter=served.adapter)
             bounds[system] = bound(served.engine, served.builder, problems, at, progress)
-    return {"source": "model", "on": options.on, **_report(results, bounds)}
+    return results, {"source": "model", "on": options.on, **_report(results, bounds)}
 
 
 def _settings(config: RunConfig) -> tuple[EvalConfig, BoundConfig | None]:
@@ -101,14 +148,14 @@ def _settings(config: RunConfig) -> tuple[EvalConfig, BoundConfig | None]:
     return settings, from_dict(BoundConfig, measured, "evaluation.bound_traces")
 
 
-def _from_store(folder: str, system: System | None) -> Result:
+def _from_store(folder: str, system: System | None) -> tuple[dict[System, EvalResult], Result]:
     from ..evaluation import summarise
     from ..store import SampleStore
 
     records = list(SampleStore.open(folder).records())
     systems = (system,) if system else systems_in(records)
     results = {name: summarise(choose_records(records, name)) for name in systems}
-    return {"source": folder, **_report(results, {})}
+    return results, {"source": folder, **_report(results, {})}
 
 
 def _report(results: Mapping[System, EvalResult], bounds: Mapping[System, BoundResult]) -> dict[str, Any]:
@@ -138,6 +185,8 @@ def _differences(
 
 
 def _show(result: Result) -> None:
+    if result.get("kind") == "suite":
+        return show_suite(result)
     out = console()
     counts = {name: system["problems"] for name, system in result["systems"].items()}
     out.print(systems_table(f"{max(counts.values(), default=0)} problems, 95% intervals", result["systems"]))
@@ -148,16 +197,22 @@ def _show(result: Result) -> None:
             out.print(
                 f"{name}: the verifier failed on {system['verifier_failures']} answers (counted as wrong)"
             )
+    show_requirements(out, result["requirements"])
     out.print(f"written to {result['file']}", highlight=False)
+
+
+def _status(result: Result) -> int:
+    return NOT_KEPT if failed(result) else 0
 
 
 COMMAND = Command(
     name="eval",
-    help="accuracy with intervals, base model against trained",
+    help="a suite of tasks, or a recipe's held-out problems, with intervals",
     description=_DESCRIPTION,
     epilog=_EPILOG,
     add_arguments=_add_arguments,
     run=_run,
     show=_show,
-    after_interrupt="nothing was written",
+    after_interrupt="the samples of a suite drawn so far are kept; the same command goes on",
+    status=_status,
 )

@@ -1,8 +1,8 @@
 """vlm-reason train|sample|rank|eval|plan|serve CONFIG [key=value ...]
 
-Exit status: 0 done; 1 the machine failed (a full disk, no permission); 2 something to mend in the input; 130
-Ctrl-C. Each failure is one line on stderr. With --json stdout holds one JSON object and nothing else,
-whatever a library prints.
+Exit status: 0 done; 1 the machine failed (a full disk, no permission); 2 something to mend in the input; 3 a
+requirement or an audit was not passed (the result is written all the same); 130 Ctrl-C. Each failure is one
+line on stderr. With --json stdout holds one JSON object and nothing else, whatever a library prints.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 from ..compat.deepspeed_log import keep_stdout_clean
 from ..errors import UserError
-from . import evaluate, import_, plan, rank, sample, serve, train
+from . import compare, evaluate, import_, plan, rank, sample, select, serve, train
 from .command import Command
 from .output import dump_json, json_stdout
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND, plan.COMMAND, serve.COMMAND,
-    import_.COMMAND,
+    compare.COMMAND, select.COMMAND, import_.COMMAND,
 )  # fmt: skip
 
 _DESCRIPTION = """\
@@ -35,6 +35,9 @@ examples:
   vlm-reason sample recipe.yaml                      draw rationales into OUTPUT_DIR/samples
   vlm-reason rank recipe.yaml --method mixture       order answers and rationales of each problem
   vlm-reason eval recipe.yaml --json > result.json   accuracy with intervals, base against trained
+  vlm-reason eval suite.yaml --require "accuracy>=0.6"   a suite of tasks, with budgets and members
+  vlm-reason compare runs/a runs/b                   paired, problem by problem
+  vlm-reason select STORE --by bald                  what to label next; when to answer and when not
   vlm-reason plan recipe.yaml --device h100          time, tokens and memory before it starts
   vlm-reason serve recipe.yaml                       a vLLM server for engine.mode server
   vlm-reason import samples.jsonl -o STORE           samples of another program, for metrics and reports
@@ -60,8 +63,10 @@ def execute(options: argparse.Namespace) -> int:
                 result = command.run(options)
                 dump_json(result, stdout)
         else:
-            command.show(command.run(options))
+            result = command.run(options)
+            command.show(result)
             sys.stdout.flush()
+        return command.status(result)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -74,7 +79,6 @@ def execute(options: argparse.Namespace) -> int:
         if message is None:
             raise
         return _fail(message, 1)
-    return 0
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

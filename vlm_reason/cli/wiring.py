@@ -4,11 +4,9 @@ trained."""
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -140,6 +138,7 @@ def _load(config: RunConfig, source: str, adapter: Path | None) -> dict[System, 
     """Both systems over one model: `base` without its adapter, `trained` with it. Without an adapter the two
     are the same weights, and the caller takes the one that `source` is."""
     from ..engines.make import make_engine
+    from ..evaluation.members import hash_adapter
     from ..models.adapters import AdapterConfig, add_adapters, load_adapters
     from ..models.load import fingerprint_weights, load_model
     from ..tasks.prompts import PromptBuilder
@@ -152,7 +151,7 @@ def _load(config: RunConfig, source: str, adapter: Path | None) -> dict[System, 
         serving = add_adapters(model, adapter_config(config) or AdapterConfig(), names=("reasoner",))
         load_adapters(serving, adapter.parent, ["reasoner"])
         serving.eval()
-        trained = f"{base}+{_hash_adapter(adapter)}"
+        trained = f"{base}+{hash_adapter(adapter)}"
     builder = PromptBuilder(tokenizer, resolve_template(config.template), config.shots)
     engine = make_engine(serving, tokenizer, config.engine)
     return {
@@ -171,40 +170,11 @@ def task_judge(config: RunConfig, section: str, builder: PromptBuilder) -> Judge
     return make_judge(resolve_verifier(config.verifier, spec), builder)
 
 
-def _hash_adapter(folder: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
 def provenance(served: Served, settings: EvalConfig) -> Provenance:
     """What the store keys the samples of `served` by."""
-    from ..store import Provenance
+    from ..evaluation.provenance import provenance_of
 
-    builder = served.builder
-    return Provenance(
-        weights=served.weights,
-        engine=f"{_engine_name(served.engine)} torch-{version('torch')}",
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        parameters={
-            "prompts": builder.fingerprint(),
-            "max_trace_tokens": settings.max_trace_tokens,
-            "max_answer_tokens": settings.max_answer_tokens,
-        },
-    )
-
-
-def _engine_name(engine: Engine) -> str:
-    from ..compat.vllm import installed_version
-    from ..engines.vllm import VLLMEngine
-
-    return (
-        f"vllm-{installed_version()}"
-        if isinstance(engine, VLLMEngine)
-        else f"hf transformers-{version('transformers')}"
-    )
+    return provenance_of(served.engine, served.builder, settings, served.weights)
 
 
 def systems_in(records: Iterable[SampleRecord]) -> tuple[System, ...]:

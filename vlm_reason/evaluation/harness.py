@@ -77,6 +77,16 @@ class EvalResult:
     def tokens_per_second(self) -> float | None:
         return self.tokens / self.seconds if self.seconds > 0 else None
 
+    def rows(self) -> dict[str, Estimate]:
+        """The numbers by the names that requirements use."""
+        return {
+            "accuracy": self.accuracy,
+            "unparsed": self.unparsed,
+            "truncated": self.truncated,
+            "trace_tokens": self.trace_length,
+            **{f"pass@{k}": estimate for k, estimate in self.pass_at.items()},
+        }
+
     def to_json(self) -> dict[str, Any]:
         return {
             "problems": self.problems,
@@ -151,8 +161,8 @@ def _check_finite(trace: Trace, weights: str) -> None:
     for completion in (trace.completion, *trace.answers):
         if not all(map(math.isfinite, completion.logps)):
             raise UserError(
-                f"the model (weights {weights}) gave problem {trace.problem_id!r} a log-probability that is not finite: "
-                "its weights hold NaN, or its dtype overflows (float16); nothing was stored. Mend the weights or use "
+                f"weights {weights} gave problem {trace.problem_id!r} a log-probability that is not finite: "
+                "the weights hold NaN, or its dtype overflows (float16); nothing was stored. Mend the weights or use "
                 "dtype bfloat16 or float32"
             )
 

@@ -1,0 +1,242 @@
+"""Run a suite: every task, every member, every sample into the store; then measure what is in the stores.
+
+    prepare    problems, prompts and verifiers of all tasks: what is wrong is found before anything is drawn
+    fill       chunk by chunk, all members of a chunk before the next, within the budget
+    measure    rows of values with intervals (measuring.py)
+
+OUTPUT_DIR/<task>/samples is the store. Killed at any moment and started again, the run has the same stores and the same
+result: seeds come from what a sample is, and chunks are cut at the same places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import load_config
+from ..errors import UserError, nearest
+from ..ranking import METHODS
+from ..store import Judge, SampleRecord, SampleStore
+from ..tasks.prompts import PromptBuilder
+from ..tasks.sources import load_problems
+from ..types import Problem
+from .harness import EvalConfig, draw
+from .judging import make_judge
+from .members import Member, Members
+from .provenance import provenance_of
+from .sampling import SAMPLES_PER_CHUNK, is_stored, record_keys
+from .suite import SuiteConfig
+
+SWITCHING = 16
+"""Members that are loaded one at a time are changed this many times less often."""
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task ready to draw. too_long: ids of problems whose prompt leaves no room, which are never drawn. left_out:
+    problems over budget.problems."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    too_long: tuple[str, ...]
+    left_out: int
+    builder: PromptBuilder
+    judge: Judge
+    settings: EvalConfig
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What is in the store of a task. records: those asked for, of the problems that every member finished, in order of
+    problem, member, k, m. left_out: problems not begun, and `why` (None: all were). new, tokens_new: drawn by this
+    call; seconds: spent drawing."""
+
+    task: PreparedTask
+    store: Path
+    records: tuple[SampleRecord, ...]
+    asked: tuple[str, ...]
+    left_out: int
+    why: str | None
+    new: int
+    tokens_new: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return tokens_of(self.records)
+
+
+def prepare(config: SuiteConfig, members: Members, context: int | None) -> list[PreparedTask]:
+    """All tasks of `config`. UserError for the first thing that is wrong with any of them."""
+    check_verifiers(config)
+    if config.rank not in METHODS:
+        raise UserError(f"rank: unknown ranking method {config.rank!r}{nearest(config.rank, METHODS)}")
+    return [_prepare(config, name, members, context) for name in config.tasks]
+
+
+def _prepare(config: SuiteConfig, name: str, members: Members, context: int | None) -> PreparedTask:
+    from ..traces.run import resolve_template, resolve_verifier
+
+    entry, settings, spec = config.tasks[name], config.sampling_of(name), config.problems_of(name)
+    problems = load_problems(spec)
+    kept = problems[: config.budget.problems]
+    builder = PromptBuilder(members.tokenizer, resolve_template(entry.template), entry.shots)
+    needs = {p.id: longest(builder, p, settings) for p in kept}
+    too_long = tuple(i for i, n in needs.items() if context is not None and n > context)
+    if too_long and config.long_prompts == "refuse":
+        raise UserError(
+            f"task {name!r}: {len(too_long)} of {len(kept)} problems do not fit the model's context of {context} "
+            f"tokens with the longest trace and answer; {too_long[0]!r} may take {needs[too_long[0]]}. Lower shots or "
+            "sampling.max_trace_tokens, or say long_prompts: wrong to count them as wrong (prompts are never cut)"
+        )
+    return PreparedTask(
+        name, tuple(kept), too_long, len(problems) - len(kept), builder,
+        make_judge(resolve_verifier(entry.verifier, spec), builder), settings,
+    )  # fmt: skip
+
+
+def longest(builder: PromptBuilder, problem: Problem, settings: EvalConfig) -> int:
+    """Tokens of `problem` with the longest trace and answer that `settings` allow."""
+    prompt = len(builder.prior_ids(problem)) + len(builder.cue_ids)
+    return prompt + settings.max_trace_tokens + settings.max_answer_tokens
+
+
+def fill(
+    config: SuiteConfig, members: Members, tasks: Sequence[PreparedTask], progress: bool = False
+) -> list[Filled]:
+    """Draw what is missing of every task, within the budget."""
+    tokens, started, filled = 0, time.perf_counter(), []
+    for i, task in enumerate(tasks):
+        left = len(tasks) - i
+        limit = _Limit(
+            None if config.budget.tokens is None else (config.budget.tokens - tokens) // left,
+            None
+            if config.budget.seconds is None
+            else (config.budget.seconds - (time.perf_counter() - started)) / left,
+        )
+        filled.append(_fill(config, members, task, limit, progress))
+        tokens += filled[-1].tokens
+    return filled
+
+
+class _Limit:
+    """Tokens and seconds that one task may still use."""
+
+    def __init__(self, tokens: int | None, seconds: float | None) -> None:
+        self.tokens, self.seconds, self.started = tokens, seconds, time.perf_counter()
+
+    def problems(self, most: int, spent: int, worst: int) -> tuple[int, str | None]:
+        """How many of the next `most` problems may be begun, each `worst` tokens at most, and what kept the others."""
+        if self.seconds is not None and time.perf_counter() - self.started >= self.seconds:
+            return 0, "seconds"
+        if self.tokens is None:
+            return most, None
+        room = max(0, self.tokens - spent) // worst
+        return (most, None) if room >= most else (room, "tokens")
+
+
+def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Limit, progress: bool) -> Filled:
+    """Chunk after chunk. A budget that ends in a chunk shortens it; where it does so follows from what was drawn
+    before, so it is the same place after a restart."""
+    folder = Path(config.output_dir) / task.name / "samples"
+    skipped = set(task.too_long)
+    todo = [p for p in task.problems if p.id not in skipped]
+    settings, samples = task.settings, task.settings.traces * task.settings.answers
+    size = max(1, SAMPLES_PER_CHUNK * (1 if members.resident else SWITCHING) // samples)
+    worst = len(members) * settings.traces
+    worst *= settings.max_trace_tokens + settings.answers * settings.max_answer_tokens
+    records: list[SampleRecord] = []
+    done = new = spent = tokens_new = 0
+    why: str | None = None
+    started = time.perf_counter()
+    with SampleStore(folder) as store:
+        known = {record.key: record for record in store.records()}
+        while done < len(todo) and why is None:
+            count, why = limit.problems(min(size, len(todo) - done), spent, worst)
+            chunk = todo[done : done + count]
+            label = f"{task.name} {done + count}/{len(todo)}" if progress else None
+            for member in members if chunk else ():
+                drawn, was_new = _chunk(store, known, members, member, task, chunk, label)
+                records += drawn
+                spent += tokens_of(drawn)
+                if was_new:
+                    new += len(drawn)
+                    tokens_new += tokens_of(drawn)
+            done += count
+    asked = [p.id for p in task.problems if p.id in skipped or p.id in {q.id for q in todo[:done]}]
+    place = {problem: i for i, problem in enumerate(asked)}
+    records.sort(key=lambda r: (place[r.problem_id], -1 if r.member is None else r.member, r.k, r.m))
+    out, reasons = len(todo) - done, [f"budget.{why}"] if why else []
+    if task.left_out:
+        reasons.append("budget.problems")
+    return Filled(
+        task, folder, tuple(records), tuple(asked), out + task.left_out, " and ".join(reasons) or None,
+        new, tokens_new, time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _chunk(
+    store: SampleStore, known: dict[str, SampleRecord], members: Members, member: Member, task: PreparedTask,
+    chunk: Sequence[Problem], label: str | None,
+) -> tuple[list[SampleRecord], bool]:  # fmt: skip
+    """The records of one member on one chunk, and whether any had to be drawn. A chunk of which anything is missing is
+    drawn whole (see sampling.chunks); what the store had stays as it was."""
+    settings = replace(task.settings, adapter=member.adapter)
+    with members.serve(member) as engine:
+        source = provenance_of(engine, task.builder, settings, member.weights, member.index)
+        if all(is_stored(store, task.builder, p, settings, source) for p in chunk):
+            keys = (key for p in chunk for key in record_keys(task.builder, p, settings, source).values())
+            found = [known[key] for key in keys if key in known]
+            check_references(found, chunk)
+            return found, False
+        if label and member.index is not None and len(members) > 1:
+            label = f"{label}, member {member.index + 1}/{len(members)}"
+        drawn = draw(engine, task.builder, chunk, task.judge, settings, source, label)
+    store.append(drawn)
+    return [known.setdefault(record.key, record) for record in drawn], True
+
+
+def check_references(records: Sequence[SampleRecord], problems: Sequence[Problem]) -> None:
+    """UserError where a stored sample was judged against another reference answer than the problem now has."""
+    answers = {p.id: p.answer for p in problems}
+    for record in records:
+        if record.reference != answers[record.problem_id]:
+            raise UserError(
+                f"problem {record.problem_id!r} was judged against the answer {record.reference!r}, and the data now "
+                f"say {answers[record.problem_id]!r}: choose another output_dir"
+            )
+
+
+def check_verifiers(config: SuiteConfig) -> None:
+    """UserError where the samples in output_dir were judged by another verifier: their verdicts are stored."""
+    written = Path(config.output_dir) / "config.yaml"
+    if not written.is_file():
+        return
+    before = load_config(written).get("tasks") or {}
+    for name, entry in config.tasks.items():
+        then = (before.get(name) or {}).get("verifier", entry.verifier)
+        if then != entry.verifier:
+            raise UserError(
+                f"the samples of task {name!r} in {config.output_dir!r} were judged by verifier {then!r}, and the "
+                f"suite says {entry.verifier!r}: choose another output_dir"
+            )
+
+
+def tokens_of(records: Sequence[SampleRecord]) -> int:
+    """Tokens sampled for these records: a trace once, however many answers stand behind it."""
+    traces = {(r.problem_id, r.member, r.k, r.seed): len(r.trace_ids) for r in records}
+    return sum(traces.values()) + sum(len(r.answer_ids) for r in records)
+
+
+def hash_problems(problems: Sequence[Problem]) -> str:
+    """16 hex digits of what is asked: ids, questions, answers and choices; their order does not matter."""
+    digest = hashlib.blake2b(digest_size=8)
+    for p in sorted(problems, key=lambda p: p.id):
+        content: list[Any] = [p.id, p.question, p.answer, list(p.metadata.get("choices", ()))]
+        digest.update(json.dumps(content).encode() + b"\n")
+    return digest.hexdigest()

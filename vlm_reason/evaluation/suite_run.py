@@ -1,0 +1,163 @@
+"""A suite from its config to its result file.
+
+    result = run_suite(config, requirements=[Requirement.parse("accuracy>=0.6")])
+
+Writes OUTPUT_DIR/config.yaml, the stores OUTPUT_DIR/<task>/samples, and OUTPUT_DIR/result.json last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from ..config import save_resolved, to_dict
+from ..ranking import Candidates
+from ..store import SampleRecord
+from .audit import ITEMS, TOLERANCE, Audit, audit_of, choose, differences
+from .beliefs import Belief, beliefs, needs_model, score_member
+from .comparing import problem_hash
+from .measuring import Measured, measure, row_names
+from .members import Members, load_members
+from .provenance import engine_name
+from .requirements import Requirement
+from .result import header, row
+from .running import Filled, fill, hash_problems, prepare
+from .suite import SuiteConfig
+
+RESULT = "result.json"
+
+
+def run_suite(
+    config: SuiteConfig,
+    requirements: Sequence[Requirement] = (),
+    audit: bool = False,
+    tolerance: float | None = None,
+    members: Members | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Draw what is missing, measure, and write the result, which is also returned.
+
+    members: the models, those of the config by default. tolerance: of the audit, nats; by dtype if None. UserError for
+    anything wrong with the config, a requirement that names nothing, or a prompt that does not fit, before a sample is
+    drawn.
+    """
+    started = time.perf_counter()
+    names = {
+        task: row_names(s.traces, s.answers, max(1, len(members or config.members)))
+        for task, s in ((task, config.sampling_of(task)) for task in config.tasks)
+    }
+    for requirement in requirements:
+        requirement.check_names(names)
+    if members is None:
+        members = load_members(config.model, config.dtype, config.members, config.engine)
+    with members.serve(next(iter(members))) as engine:
+        context, sampler = getattr(engine, "context", None), engine_name(engine)
+    tasks = prepare(config, members, context)
+    output = Path(config.output_dir)
+    save_resolved(config, output)
+    filled = fill(config, members, tasks, progress)
+    drawn_at = time.perf_counter()
+    measured = {f.task.name: _measure(config, members, f, progress) for f in filled}
+    measured_at = time.perf_counter()
+    audited = _audit(members, filled, tolerance or TOLERANCE.get(config.dtype, 0.5)) if audit else None
+    rows = {task: m.rows for task, m in measured.items()}
+    outcomes = [outcome for requirement in requirements for outcome in requirement.judge(rows)]
+    result = {
+        **header(config.suite, to_dict(config)),
+        "model": {
+            "name": config.model,
+            "weights": members.base,
+            "members": [{"index": m.index, "name": m.name, "weights": m.weights} for m in members],
+            "engine": sampler,
+        },
+        "tasks": {f.task.name: _task_report(f, measured[f.task.name]) for f in filled},
+        "rows": [
+            row(task, metric, value) for task, m in measured.items() for metric, value in m.rows.items()
+        ],
+        "cost": {
+            "tokens": sum(f.tokens for f in filled),
+            "tokens_drawn_now": sum(f.tokens_new for f in filled),
+            "seconds": time.perf_counter() - started,
+            "seconds_drawing": sum(f.seconds for f in filled),
+            "seconds_ranking": measured_at - drawn_at,
+        },
+        "requirements": [outcome.to_json() for outcome in outcomes],
+        "audit": None if audited is None else audited.to_json(),
+        "items": {f.task.name: _items(f, measured[f.task.name]) for f in filled},
+    }
+    result = _plain(result)
+    write_atomically(
+        output / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    return {"file": str(output / RESULT), **result}
+
+
+def _measure(config: SuiteConfig, members: Members, filled: Filled, progress: bool) -> Measured:
+    task, records = filled.task, filled.records
+    several = task.settings.traces * task.settings.answers * len(members) > 1
+    believed: dict[str, Belief] = {}
+    if several:
+        scored: dict[tuple[int | None, str], Candidates] | None = None
+        if needs_model(records, config.rank):
+            scored = {}
+            for member in members:
+                own = [r for r in records if r.member == member.index]
+                label = f"{task.name}: {config.rank}" if progress else None
+                with members.serve(member) as engine:
+                    scored |= score_member(engine, task.builder.cue_ids, own, member.adapter, label)
+        believed = beliefs(records, config.rank, scored)
+    long = [i for i in filled.asked if i in set(task.too_long)]
+    return measure(records, believed, long, len(members))
+
+
+def _items(filled: Filled, measured: Measured) -> dict[str, Any]:
+    hashes = {p.id: problem_hash(p.question, p.answer) for p in filled.task.problems}
+    return {i: {"problem": hashes[i], **item} for i, item in measured.items.items()}
+
+
+def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
+    return {
+        "problems": len(measured.items),
+        "samples": len(filled.records),
+        "left_out": filled.left_out,
+        "left_out_why": filled.why,
+        "too_long": list(filled.task.too_long),
+        "verifier_failures": measured.verifier_failures,
+        "data": hash_problems([p for p in filled.task.problems if p.id in set(filled.asked)]),
+        "prompts": filled.task.builder.fingerprint(),
+        "store": str(filled.store),
+        "new": filled.new,
+        "tokens": filled.tokens,
+    }
+
+
+def _audit(members: Members, filled: Sequence[Filled], tolerance: float) -> Audit:
+    """ITEMS stored samples over all tasks and members."""
+    of: dict[str, tuple[SampleRecord, Filled]] = {r.key: (r, f) for f in filled for r in f.records}
+    chosen = choose([record for record, _ in of.values()], ITEMS)
+    found: list[tuple[str, list[float]]] = []
+    for member in members:
+        own = [r for r in chosen if r.member == member.index]
+        if not own:
+            continue
+        with members.serve(member) as engine:
+            for record in own:
+                cue = of[record.key][1].task.builder.cue_ids
+                found.append((record.key, differences(engine, cue, record, member.adapter)))
+    return audit_of(found, tolerance)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON knows it: a number that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
