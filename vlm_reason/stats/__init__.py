@@ -13,7 +13,7 @@ from .intervals import (
     wilson,
 )
 from .paired import PairedEstimate, holm, minimum_detectable_effect, paired_difference, paired_values
-from .resample import RESAMPLES, Cells, cells, equal_mass, in_blocks, resample, summarise
+from .resample import RESAMPLES, Cells, cells, equal_mass, group_sums, in_blocks, resample, summarise
 
 __all__ = [
     "RESAMPLES",
@@ -27,6 +27,7 @@ __all__ = [
     "empty",
     "equal_mass",
     "factorise",
+    "group_sums",
     "holm",
     "in_blocks",
     "mean_interval",

@@ -35,27 +35,30 @@ class Cells:
 def cells(x: Array, y: Array, most: int = CELLS) -> Cells:
     """The distinct pairs of x and y; if there are more than `most`, x is cut into groups of equal mass that
     keep ties together, y too where it has many values, and a cell stands for the mean of its group."""
-    found = _distinct(x, y)
-    if len(found.count) <= most:
-        return found
-    levels = len(np.unique(y))
-    if levels > _LEVELS:
-        y, levels = group_means(y, equal_mass(y, _LEVELS)), _LEVELS
-    return _distinct(group_means(x, equal_mass(x, max(1, most // levels))), y)
+    x_values, x_code, x_count = _codes(x)
+    y_values, y_code, y_count = _codes(y)
+    if len(x_values) <= most:
+        key, count = np.unique(x_code * len(y_values) + y_code, return_counts=True)
+        if len(key) <= most:
+            return Cells(x_values[key // len(y_values)], y_values[key % len(y_values)], count)
+    if len(y_values) > _LEVELS:
+        y_values, y_code = _coarser(y_values, y_code, y_count, _LEVELS)
+    x_values, x_code = _coarser(x_values, x_code, x_count, max(1, most // len(y_values)))
+    dense = np.bincount(x_code * len(y_values) + y_code, minlength=len(x_values) * len(y_values))
+    key = np.flatnonzero(dense)
+    return Cells(x_values[key // len(y_values)], y_values[key % len(y_values)], dense[key])
 
 
 def equal_mass(values: Array, groups: int) -> NDArray[np.int64]:
     """Group 0..groups-1 of every value, by rank: equal values share the group that holds the middle of their
     ranks."""
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    middle = np.cumsum(count) - count / 2
-    return np.floor(middle * groups / max(len(values), 1)).astype(np.int64)[inverse.ravel()]
+    _, code, count = _codes(values)
+    return _ranked(count, groups)[code]
 
 
-def group_means(values: Array, group: NDArray[np.int64]) -> Array:
-    """Every value replaced by the mean of its group."""
-    sums, count = np.bincount(group, weights=values), np.bincount(group)
-    return (sums / np.maximum(count, 1))[group]
+def group_sums(group: NDArray[np.int64], values: Array, groups: int) -> Array:
+    """[groups]: the sum of the values of every group."""
+    return np.bincount(group, weights=values, minlength=groups).astype(float, copy=False)
 
 
 def resample(count: NDArray[np.int64], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
@@ -100,10 +103,22 @@ def in_blocks(weights: NDArray[np.int64], statistic: Callable[[Array], Array]) -
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _distinct(x: Array, y: Array) -> Cells:
-    order = np.lexsort((y, x))
-    x, y = x[order], y[order]
-    new = np.ones(len(x), dtype=bool)
-    new[1:] = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
-    start = np.flatnonzero(new)
-    return Cells(x[start], y[start], np.diff(np.append(start, len(x))))
+def _codes(values: Array) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+    distinct, code, count = np.unique(values, return_inverse=True, return_counts=True)
+    return distinct, code.ravel(), count
+
+
+def _ranked(count: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+    """The group of every distinct value, from how often each one is there."""
+    middle = np.cumsum(count) - count / 2
+    return np.floor(middle * groups / max(int(count.sum()), 1)).astype(np.int64)
+
+
+def _coarser(
+    values: Array, code: NDArray[np.int64], count: NDArray[np.int64], groups: int
+) -> tuple[Array, NDArray[np.int64]]:
+    """Group means in place of the distinct values, and the group of every item."""
+    group = _ranked(count, groups)
+    mass = group_sums(group, count.astype(float), groups)
+    means = group_sums(group, values * count, groups) / np.maximum(mass, 1)
+    return means, group[code]

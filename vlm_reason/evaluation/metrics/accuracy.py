@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...stats import clustered_share, wilson
+from ...errors import UserError
+from ...stats import Labels, OnInvalid, clustered_share, factorise, wilson
 from ...types import Estimate
+from .inputs import Column, clean
 
 
-def accuracy(correct: ArrayLike, items: Sequence[Hashable] | None = None) -> Estimate:
-    """mean(correct). One 0/1 sample an item: Wilson interval. Otherwise the item is the cluster (several
-    samples of one item are not independent): see `stats.clustered`. `n` counts samples. Without `items`
-    every value is its own item."""
-    values = np.asarray(correct, dtype=float).ravel()
-    labels = range(len(values)) if items is None else items
-    once = len(set(labels)) == len(labels)
-    return (
-        wilson(values)
-        if once and bool(np.isin(values, (0, 1)).all())
-        else clustered_share(values, list(labels))
-    )
+def accuracy(correct: ArrayLike, items: Labels | None = None, *, on_invalid: OnInvalid = "raise") -> Estimate:
+    """mean(correct), correct [N] in [0, 1]; `n` counts samples.
+
+    One 0/1 sample an item (or no `items`: every value its own): Wilson's interval, so that 30 of 30 is [0.886, 1] and
+    never of width 0. Otherwise `items` [N] names the item of every sample and the item is the cluster, because
+    samples of one item are not independent (Miller 2024, arXiv 2411.00640): see `stats.clustered_share`. An answer
+    that could not be read is a 0 here, not a gap. Not for comparing two systems: use `compare`, which pairs them.
+    """
+    [values], dropped = clean(Column("correct", correct, "unit"), on_invalid=on_invalid)
+    given = len(values) + dropped
+    if items is not None and len(items) != given:
+        raise UserError(f"{given} values of correct but {len(items)} items; give the item of every value")
+    binary = bool(np.isin(values, (0, 1)).all())
+    codes, count = (np.arange(given), given) if items is None else factorise(items)
+    if binary and count == given:
+        return wilson(np.asarray(correct, dtype=float).ravel(), on_invalid)
+    raw = np.asarray(correct, dtype=float).ravel()
+    if dropped:
+        raw = np.where((raw >= 0) & (raw <= 1), raw, np.nan)
+    return clustered_share(raw, codes, on_invalid)

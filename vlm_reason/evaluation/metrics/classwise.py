@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 
 from ...stats import OnInvalid
 from ...types import Estimate
-from .calibration import Scheme
+from .binning import Scheme
 
 
 def classwise_ece(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from ...stats import OnInvalid, mean_interval
+from ...errors import UserError
+from ...stats import OnInvalid, group_sums, share_interval
 from ...types import Estimate
+from .inputs import Array, Column, Ragged, clean, ragged, same_sizes, whole
 
 
 def pass_at_k_of_item(n: int, correct: int, k: int) -> float:
@@ -32,28 +36,94 @@ def pass_hat_k_of_item(n: int, correct: int, k: int) -> float:
     return math.nan if k > n else math.comb(correct, k) / math.comb(n, k)
 
 
-def pass_at_k(correct: Sequence[int], total: Sequence[int], k: int) -> Estimate:
-    """Mean over items of `pass_at_k_of_item`, t interval over items. Items with fewer than k draws are
-    dropped and counted in `n_dropped`."""
-    values = [pass_at_k_of_item(a, c, k) for c, a in zip(correct, total, strict=True)]
-    return mean_interval(values, on_invalid="drop")
+def pass_at_k(correct: ArrayLike, total: ArrayLike, k: int) -> Estimate:
+    """Mean over items of `pass_at_k_of_item`; correct[i] of total[i] draws of item i are right.
+
+    The item is what is resampled, so the interval is over items (`stats.share_interval`: closed form, inside [0, 1],
+    with its width where all items agree). Items with fewer than k draws say nothing of k draws: dropped and counted
+    in `n_dropped` (flag `dropped`), NaN with the flag `empty` if that is all of them. Not what a user gets who cannot
+    tell a right answer from a wrong one: for that see `maj_at_k` and `best_of_k`."""
+    return _over_items(correct, total, k, pass_at_k_of_item)
 
 
-def pass_hat_k(correct: Sequence[int], total: Sequence[int], k: int) -> Estimate:
-    """Mean over items of `pass_hat_k_of_item`, as `pass_at_k`."""
-    values = [pass_hat_k_of_item(a, c, k) for c, a in zip(correct, total, strict=True)]
-    return mean_interval(values, on_invalid="drop")
+def pass_hat_k(correct: ArrayLike, total: ArrayLike, k: int) -> Estimate:
+    """Mean over items of `pass_hat_k_of_item` (all of k draws right: reliability), otherwise as `pass_at_k`."""
+    return _over_items(correct, total, k, pass_hat_k_of_item)
 
 
 def best_of_k(
     scores: Sequence[ArrayLike], correct: Sequence[ArrayLike], k: int, *, on_invalid: OnInvalid = "raise"
 ) -> Estimate:
-    """Expected correctness of the best-scored of k draws. scores[i], correct[i]: the n_i draws of item i."""
-    raise NotImplementedError
+    """Expected correctness of the best-scored of k draws out of n, without drawing (best-of-n by a reward):
+
+        sum_i C(i - 1, k - 1) / C(n, k) y_(i),  y_(1), ..., y_(n) in order of rising score,
+
+    with y averaged over tied scores. scores[i], correct[i]: the n_i draws of item i; mean and interval over items as
+    `pass_at_k`. A score that is not finite raises, or drops its item: a draw without a score cannot be ranked.
+    Items with fewer than k draws are dropped and counted."""
+    k = whole("k", k)
+    score, right = ragged("scores", scores), ragged("correct", correct)
+    same_sizes("scores", score.size, "correct", right.size)
+    draws = Column("scores", score.flat, "finite"), Column("correct", right.flat, "unit")
+    clean(*draws, on_invalid=on_invalid)
+    bad = ~(np.isfinite(score.flat) & (right.flat >= 0) & (right.flat <= 1))
+    item = score.item
+    expected = _rank_weights(score, k) * _tie_means(score, right.flat)
+    values = np.bincount(item, weights=expected, minlength=len(score.size)).astype(float)
+    values[score.size < k] = np.nan
+    values[np.unique(item[bad])] = np.nan
+    return over_items(values)
+
+
+def over_items(values: Array) -> Estimate:
+    """Mean and interval over items of values in [0, 1] (up to rounding). NaN items (fewer than k draws, no score) are
+    dropped and counted, and the flag `dropped` says that the mean is over other items than were given."""
+    estimate = share_interval(np.clip(values, 0.0, 1.0), on_invalid="drop")
+    short = estimate.n_dropped > 0 and estimate.n > 0
+    return replace(estimate, flags=(*estimate.flags, "dropped")) if short else estimate
+
+
+def _rank_weights(score: Ragged, k: int) -> Array:
+    """[N]: C(r - 1, k - 1) / C(n, k) for the draw that stands r-th of n in its item, by the recursion w_n =
+    k / n, w_{r-1} = w_r (r - k) / (r - 1)."""
+    weights = np.zeros(len(score.flat))
+    order = np.lexsort((score.flat, score.item))
+    for n in np.unique(score.size):
+        rank = np.arange(n, 1, -1)
+        table = (
+            np.cumprod(np.concatenate([[k / n], np.maximum(rank - k, 0) / (rank - 1)]))[::-1]
+            if n >= k
+            else np.zeros(n)
+        )
+        mine = np.repeat(score.size == n, score.size)
+        weights[mine] = np.tile(table, int((score.size == n).sum()))
+    placed = np.empty_like(weights)
+    placed[order] = weights
+    return placed
+
+
+def _tie_means(score: Ragged, right: Array) -> Array:
+    """[N]: mean correctness of the draws of the same item with the same score."""
+    order = np.lexsort((score.flat, score.item))
+    item, value = score.item[order], score.flat[order]
+    new = np.ones(len(value), dtype=bool)
+    new[1:] = (item[1:] != item[:-1]) | (value[1:] != value[:-1])
+    group = np.empty(len(value), dtype=np.int64)
+    group[order] = np.cumsum(new) - 1
+    groups = int(new.sum())
+    return (group_sums(group, right, groups) / np.bincount(group, minlength=groups))[group]
+
+
+def _over_items(
+    correct: ArrayLike, total: ArrayLike, k: int, of_item: Callable[[int, int, int], float]
+) -> Estimate:
+    [c, n], _ = clean(Column("correct", correct, "finite"), Column("total", total, "finite"))
+    pairs, inverse = np.unique(np.stack([n, c], axis=1), axis=0, return_inverse=True)
+    values = np.array([of_item(whole("total", a, 0), whole("correct", b, 0), k) for a, b in pairs])
+    return over_items(np.asarray(values, dtype=float)[inverse.ravel()])
 
 
 def _check_counts(n: int, correct: int, k: int) -> None:
     if not 0 <= correct <= n:
-        raise ValueError(f"{correct} right of {n} samples")
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
+        raise UserError(f"{correct} right of {n} samples; give the right ones first, then all of them")
+    whole("k", k)

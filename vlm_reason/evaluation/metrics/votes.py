@@ -1,47 +1,79 @@
-"""Self-consistency: the answer most samples agree on."""
+"""Self-consistency: the answer most samples agree on (Wang et al. 2022, arXiv 2203.11171).
+
+Votes are cast on canonical answers. A sample that could not be read abstains: it never votes for "unreadable", and an
+item without a readable sample is wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...errors import UserError
+from ...stats import group_sums
 from ...types import Estimate
-
-Answers = Sequence[Sequence[Hashable]]
-"""answers[i]: the canonical answers of the samples of item i. None, -1 and NaN: could not be read."""
+from .answers import UNREAD, Answers, Classes, Sampled, classes, sampled, unreadable
+from .inputs import Array, Column, clean, ragged, same_sizes, whole
+from .majority import expected_majority, expected_weighted
+from .repeats import over_items
 
 
 @dataclass(frozen=True)
 class Votes:
-    """Arrays of one entry an item: the winning answer (None where nothing could be read), its share of all
-    samples (unread ones count in the denominator) and the number of unread samples."""
+    """Arrays of one entry an item: the winning answer (None where nothing could be read), its share of all samples
+    (0 there; unread samples stay in the denominator), and how many samples were unread."""
 
     answer: tuple[Any, ...]
-    share: NDArray[np.float64]
+    share: Array
     unparsed: NDArray[np.int64]
 
 
 def vote_fraction(answers: Answers) -> Votes:
-    """The winner of each item's vote and its share, the confidence of self-consistency. Ties go to the
-    answer that was sampled first."""
-    raise NotImplementedError
+    """The winner of each item's vote and its share of the samples, the confidence of self-consistency. A tie goes to
+    the answer that was sampled first, which is a draw at random as long as samples come in the order drawn; for the
+    expected correctness of a vote with ties split evenly use `maj_at_k`."""
+    samples = sampled(answers)
+    found = classes(samples)
+    order = np.lexsort((found.first, -found.count, found.item))
+    item = found.item[order]
+    best = order[np.flatnonzero(np.diff(item, prepend=-1))]
+    share = np.zeros(len(samples.size))
+    share[found.item[best]] = found.count[best] / samples.size[found.item[best]]
+    winner: list[Any] = [None] * len(samples.size)
+    for i, code in zip(found.item[best].tolist(), found.code[best].tolist(), strict=True):
+        winner[i] = samples.names[code]
+    return Votes(tuple(winner), share, samples.unread)
 
 
 def maj_at_k(
     answers: Answers,
-    gold: Sequence[Any],
+    gold: Sequence[Any] | NDArray[Any],
     k: int,
     weights: Sequence[ArrayLike] | None = None,
     *,
     seed: int = 0,
 ) -> Estimate:
-    """Expected correctness of the majority of k samples. gold[i]: the right canonical answer, or a set of
-    them."""
-    raise NotImplementedError
+    """Expected correctness of the majority of k of the n samples of an item, a U-statistic:
+
+        mean over the C(n, k) subsets of (right answers among the winners) / (winners)
+
+    answers[i] are the canonical answers of item i, gold[i] its right one, or a set of right ones. Without weights the
+    mean is exact for up to 1,024 samples an item (`majority.expected_majority`). weights[i] (reward, exp of
+    the log-probability, min or product of step rewards; >= 0) are summed instead of counted: exact while C(n, k) <=
+    20,000, else over 2,000 subsets drawn with `seed` (fewer an item beyond 1,000 such items: 2,000,000 in all).
+
+    Mean and interval over items as `pass_at_k`; items with fewer than k samples are dropped and counted. An unread
+    sample abstains (flag `unparsed`); a subset in which nobody votes is wrong. Not for answers that were not
+    brought to a canonical form: "18", "18.0" and "$18" would be three candidates."""
+    samples = sampled(answers)
+    if len(gold) != len(samples.size):
+        raise UserError(f"{len(samples.size)} items in answers but {len(gold)} in gold")
+    found = classes(samples)
+    return _majority(samples, found, _equal_to_gold(samples, found, gold), k, weights, seed)
 
 
 def maj_at_k_judged(
@@ -52,5 +84,55 @@ def maj_at_k_judged(
     *,
     seed: int = 0,
 ) -> Estimate:
-    """`maj_at_k` where rightness is a verdict on every sample: correct[i] is parallel to answers[i]."""
-    raise NotImplementedError
+    """`maj_at_k` where a verifier judged every sample: correct[i], 0 or 1, is parallel to answers[i]. An answer is as
+    right as its samples are on average (they differ only where the canonical form joins what the verifier keeps
+    apart)."""
+    samples, verdict = sampled(answers), ragged("correct", correct)
+    same_sizes("answers", samples.size, "correct", verdict.size)
+    clean(Column("correct", verdict.flat, "unit"))
+    found = classes(samples)
+    read = found.of_sample != UNREAD
+    right = group_sums(found.of_sample[read], verdict.flat[read], len(found.count))
+    return _majority(samples, found, right / np.maximum(found.count, 1), k, weights, seed)
+
+
+def _majority(
+    samples: Sampled, found: Classes, right: Array, k: int, weights: Sequence[ArrayLike] | None, seed: int
+) -> Estimate:
+    k = whole("k", k)
+    if weights is None:
+        values = expected_majority(samples, found, right, k, seed)
+    else:
+        weight = ragged("weights", weights)
+        same_sizes("answers", samples.size, "weights", weight.size)
+        clean(Column("weights", weight.flat, "finite"))
+        if (weight.flat < 0).any():
+            raise UserError(
+                f"weights must be >= 0, got {weight.flat.min()}; pass exp or a sigmoid of such scores"
+            )
+        values = expected_weighted(samples, found, right, weight.flat, k, seed)
+    estimate = over_items(values)
+    unread = bool((samples.code == UNREAD).any())
+    return replace(estimate, flags=(*estimate.flags, "unparsed")) if unread else estimate
+
+
+def _equal_to_gold(samples: Sampled, found: Classes, gold: Sequence[Any] | NDArray[Any]) -> Array:
+    """[C]: 1 for the classes that are their item's gold answer."""
+    if isinstance(gold, np.ndarray) and gold.dtype.kind in "iu":
+        return (
+            (np.asarray(samples.names)[found.code] == gold[found.item]).astype(float)
+            if len(found.code)
+            else np.empty(0)
+        )
+    for i, answer in enumerate(gold):
+        if unreadable(answer):
+            raise UserError(
+                f"gold[{i}] is {answer!r}; an item without a right answer cannot be judged, leave it out"
+            )
+    sets = [x if isinstance(x, (set, frozenset)) else (x,) for x in gold]
+    pairs = zip(found.item.tolist(), found.code.tolist(), strict=True)
+    return np.fromiter((_in(samples.names[c], sets[i]) for i, c in pairs), dtype=float, count=len(found.code))
+
+
+def _in(answer: Any, right: Collection[Any]) -> bool:
+    return answer in right
