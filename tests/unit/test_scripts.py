@@ -141,7 +141,13 @@ def sandbox(tmp_path: Path):
     """A copy of what setup.sh reads, a python that only logs, and `run(script, **env)` -> (process, new log lines)."""
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
-    for name in ("pyproject.toml", "constraints.txt", "scripts/setup.sh", "scripts/test.sh"):
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "scripts/setup.sh",
+        "scripts/test.sh",
+        "scripts/browser.sh",
+    ):
         shutil.copy(REPO / name, project / name)
     stub = tmp_path / "stub-python"
     stub.write_text(STUB)

@@ -1,0 +1,59 @@
+"""Text that somebody else wrote, made safe to show: nothing invisible, nothing that reorders the line.
+
+A control character becomes its picture (NUL is shown as the symbol U+2400), a bidirectional control its name in
+brackets, half a surrogate pair the replacement character. Newlines and tabs stay. Escaping for HTML or JSON
+comes after.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_BIDI = {
+    0x061C: "ALM", 0x200E: "LRM", 0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO",
+    0x202E: "RLO", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
+}  # fmt: skip
+_HIDDEN = {0x200B: "ZWSP", 0x2060: "WJ", 0xFEFF: "BOM", 0x2028: "LS", 0x2029: "PS"}
+_NAMED = {**_BIDI, **_HIDDEN}
+
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff" + "".join(map(chr, _NAMED)) + "\ufffe\uffff]"
+)
+
+
+def visible(words: str) -> str:
+    """`words` with every control character shown. One character may become several: positions change."""
+    return _UNSAFE.sub(_shown, words)
+
+
+def _shown(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code in _NAMED:
+        return f"\u27e8{_NAMED[code]}\u27e9"
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    return "\ufffd" if code >= 0xD800 else f"\u27e8U+{code:04X}\u27e9"
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that can stand inside <script type="application/json">: no `<`, `>` or `&` of the text is left, so no tag
+    can end the element and no entity can begin. The value must be plain already (no NaN)."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = (
+        "".join(c if not 0xD800 <= ord(c) <= 0xDFFF else "\ufffd" for c in text)
+        if _has_surrogate(text)
+        else text
+    )
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
