@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
+from scipy.special import softmax
 
 from ..errors import UserError
 from ..store import Columns
@@ -168,14 +168,11 @@ def decide(items: Items, kind: Confidence | None = None) -> Decision | None:
     """The decision of each problem. kind None takes the first that applies: choices where every draw has the
     probabilities of its options, votes where a problem has several draws, likelihood of the one answer where its
     log-probability is known. None where nothing applies."""
-    draws = items.draws
-    choices = len(draws) > 0 and bool(
-        (np.diff(draws.choice_start) > 1).all() and (draws.choice_gold >= 0).all()
-    )
-    if kind == "choices" or (kind is None and choices):
-        return _by_choices(items) if choices else None
+    if kind == "choices" or (kind is None and has_choices(items)):
+        return _by_choices(items) if has_choices(items) else None
     if kind == "votes" or (kind is None and len(items) > 0 and int(items.n.max()) > 1):
         return _by_votes(items)
+    draws = items.draws
     known = np.isfinite(draws.answer_logp) | ~draws.answered
     if len(items) == 0 or int(items.n.max()) > 1 or not known.all() or not draws.answered.any():
         return None
@@ -195,8 +192,14 @@ def _by_votes(items: Items) -> Decision:
 
 def _by_choices(items: Items) -> Decision:
     probabilities, gold = choice_probabilities(items), choice_gold(items)
-    answer = np.array([int(p.argmax()) for p in probabilities], np.int64)
-    return Decision("choices", answer, np.array([p.max() for p in probabilities]), answer == gold)
+    answer = probabilities.argmax(axis=1)
+    return Decision("choices", answer, probabilities.max(axis=1, initial=0.0), answer == gold)
+
+
+def has_choices(items: Items) -> bool:
+    """Every draw has the log-probabilities of two or more options and knows which is right."""
+    draws = items.draws
+    return len(draws) > 0 and bool((np.diff(draws.choice_start) > 1).all() and (draws.choice_gold >= 0).all())
 
 
 def choice_gold(items: Items) -> Int:
@@ -204,33 +207,30 @@ def choice_gold(items: Items) -> Int:
     return items.draws.choice_gold[items.start[:-1]].astype(np.int64)
 
 
-def choice_probabilities(items: Items) -> list[Array]:
-    """[P] arrays [K_i]: (1/n) sum over the draws (members) of softmax over the options, K_i as in the item."""
-    members, sizes = choice_log_probabilities(items)
-    log_mean = [logsumexp(block, axis=0) - np.log(len(block)) for block in members]
-    made = [np.exp(log) for log in log_mean]
-    return [p / p.sum() for p in made]
+def choice_counts(items: Items) -> Int:
+    """[P] the K_i. UserError where draws of a problem have different numbers of options."""
+    counts = np.diff(items.draws.choice_start)
+    sizes = counts[items.start[:-1]]
+    other = np.flatnonzero(counts != sizes[items.item])
+    if len(other):
+        name = items.ids[int(items.item[other[0]])]
+        raise UserError(
+            f"problem {name!r}: its samples have different numbers of options; they are not one item"
+        )
+    return sizes.astype(np.int64)
 
 
-def choice_log_probabilities(items: Items) -> tuple[list[Array], Int]:
-    """[P] arrays [n_i, K_i], log softmax of every draw of a problem over its options; and the K_i. UserError where
-    draws of a problem have different numbers of options."""
+def draw_probabilities(items: Items) -> Array:
+    """[T, max K] softmax of every draw over its options; 0 for options that an item lacks."""
     draws = items.draws
     counts = np.diff(draws.choice_start)
-    sizes = counts[items.start[:-1]]
-    if (counts != sizes[items.item]).any():
-        bad = items.ids[int(items.item[np.flatnonzero(counts != sizes[items.item])[0]])]
-        raise UserError(
-            f"problem {bad!r}: its samples have different numbers of options; they are not one item"
-        )
-    begin, end = draws.choice_start[items.start[:-1]], draws.choice_start[items.start[1:]]
-    made: list[Array] = [np.empty((0, 0))] * len(items)
-    for size in np.unique(sizes):  # one array operation for all problems with as many options and draws
-        for n in np.unique(items.n[sizes == size]):
-            chosen = np.flatnonzero((sizes == size) & (items.n == n))
-            flat = begin[chosen, None] + np.arange(size * n)
-            block = log_softmax(draws.choice_logps[flat].reshape(len(chosen), n, size), axis=-1)
-            for i, own in zip(chosen.tolist(), block, strict=True):
-                made[i] = own
-    assert (end - begin == sizes * items.n).all()
-    return made, sizes
+    logps = np.full((len(draws), int(counts.max(initial=1))), -np.inf)
+    logps[np.arange(logps.shape[1]) < counts[:, None]] = draws.choice_logps
+    return np.asarray(softmax(logps, axis=1))
+
+
+def choice_probabilities(items: Items) -> Array:
+    """[P, max K] mean over the draws (members) of a problem of softmax over its options, 0 for options it lacks."""
+    choice_counts(items)
+    sums = np.add.reduceat(draw_probabilities(items), items.start[:-1], axis=0)
+    return np.asarray(sums / sums.sum(axis=1, keepdims=True))

@@ -25,10 +25,12 @@ from .items import (
     Confidence,
     Decision,
     Items,
+    choice_counts,
     choice_gold,
-    choice_log_probabilities,
     choice_probabilities,
     decide,
+    draw_probabilities,
+    has_choices,
     items_of,
 )
 
@@ -245,7 +247,7 @@ def _of_selection(decision: Decision | None, seed: int) -> _Part:
         return _skip(_NO_CONFIDENCE, *_SELECTION)
     unsure, wrong = 1.0 - decision.confidence, 1.0 - decision.correct
     return {
-        "auroc": metrics.auroc(unsure, wrong, seed=seed),
+        "auroc": metrics.auroc(unsure, wrong),
         "aupr": metrics.aupr(unsure, wrong, seed=seed),
         "fpr_at_95": metrics.fpr_at_95(unsure, wrong, seed=seed),
         "aurc": metrics.aurc(unsure, wrong, seed=seed),
@@ -260,7 +262,7 @@ def _of_selection(decision: Decision | None, seed: int) -> _Part:
 def _of_choices(items: Items) -> _Part:
     names = ("nll_choices", "brier_multiclass")
     why = "classes must mean the same on every item; options A, B, C do not"
-    if (decided := decide(items, "choices")) is None or decided.kind != "choices":
+    if not has_choices(items):
         return _skip("no probabilities of all options", *names) | _skip(why, "classwise_ece")
     probabilities, gold = choice_probabilities(items), choice_gold(items)
     made: _Part = {
@@ -294,7 +296,7 @@ def _of_entropy(items: Items, decision: Decision | None, seed: int) -> _Part:
     wrong = 1.0 - decision.correct
     return made | {
         semantic[0]: mean_interval(entropies),
-        semantic[1]: metrics.auroc(entropies, wrong, seed=seed),
+        semantic[1]: metrics.auroc(entropies, wrong),
         semantic[2]: metrics.prr(entropies, wrong, seed=seed),
     }
 
@@ -306,23 +308,19 @@ def _of_members(items: Items, seed: int) -> _Part:
     """Members of a posterior: by the probabilities of options where there are any, else by the sampled answers."""
     if len(items.members) < 2:
         return _skip("samples of one model: there are no members to disagree", *_MEMBERS)
-    missing = len(items) * len(items.members) - len(
-        np.unique(np.stack([items.item, items.draws.member]), axis=1).T
-    )
+    there = np.unique(items.item * (items.members[-1] + 1) + items.draws.member)
+    missing = len(items) * len(items.members) - len(there)
     if missing:
         return _skip(f"{missing} pairs of problem and member have no sample", *_MEMBERS)
-    if decide(items, "choices") is not None:
-        blocks, _ = choice_log_probabilities(items)
-        if len(items.draws) != len(items) * len(items.members):
-            return _skip("several samples of a member with probabilities of options", *_MEMBERS)
-        parts = [metrics.disagreement(np.exp(block)[:, None, :]) for block in blocks]
-        made = {
-            "total_entropy": np.concatenate([p.total for p in parts]),
-            "expected_entropy": np.concatenate([p.aleatoric for p in parts]),
-            "mutual_information": np.concatenate([p.mutual_information for p in parts]),
-        }
+    if has_choices(items):
+        members = len(items.members)
+        if (items.n != members).any():
+            return _skip("several samples of a member with the probabilities of options", *_MEMBERS)
+        stacked = draw_probabilities(items).reshape(len(items), members, -1).transpose(1, 0, 2)
+        parts = metrics.disagreement(stacked)
         exact = _skip("the probabilities are exact: nothing to correct", _MEMBERS[-1])
-        return {name: mean_interval(values) for name, values in made.items()} | exact
+        values = (parts.total, parts.aleatoric, parts.mutual_information)
+        return {name: mean_interval(v) for name, v in zip(_MEMBERS, values, strict=False)} | exact
     split = metrics.answer_disagreement(_by_member(items), seed=seed)
     by_name = {
         "total_entropy": split.total,
@@ -346,14 +344,15 @@ def _by_member(items: Items) -> list[list[Any]]:
 def _of_conformal(items: Items, seed: int) -> _Part:
     """Half of the problems, drawn with `seed`, calibrate; the other half is tested."""
     names = ("conformal_coverage", "conformal_size")
-    if int(items.n.max(initial=0)) < 2 and decide(items, "choices") is None:
+    if int(items.n.max(initial=0)) < 2 and not has_choices(items):
         return _skip("one draw a problem: no answer sets", *names)
     if len(items) < 2:
         return _skip("needs problems to calibrate on and others to test", *names)
     order = np.random.default_rng(seed).permutation(len(items))
     one, other = np.sort(order[: len(items) // 2]), np.sort(order[len(items) // 2 :])
-    if decide(items, "choices") is not None:
-        p, gold = choice_probabilities(items), choice_gold(items)
+    if has_choices(items):
+        sizes, gold = choice_counts(items).tolist(), choice_gold(items)
+        p = [own[:k] for own, k in zip(choice_probabilities(items), sizes, strict=True)]
         result = metrics.conformal([p[i] for i in one], gold[one], [p[i] for i in other], gold[other], ALPHA)
     else:
         answers, gold = items.answers, np.where(items.gold < 0, len(items.draws.answers), items.gold)
