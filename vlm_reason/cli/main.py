@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 from ..compat.deepspeed_log import keep_stdout_clean
 from ..errors import UserError
-from . import compare, evaluate, import_, plan, rank, sample, select, serve, train
+from . import compare, evaluate, import_, lm_eval, plan, rank, report, sample, select, serve, train
 from .command import Command
 from .output import dump_json, json_stdout
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND, plan.COMMAND, serve.COMMAND,
-    compare.COMMAND, select.COMMAND, import_.COMMAND,
+    compare.COMMAND, select.COMMAND, import_.COMMAND, lm_eval.COMMAND, report.COMMAND,
 )  # fmt: skip
 
 _DESCRIPTION = """\
@@ -38,9 +38,11 @@ examples:
   vlm-reason eval suite.yaml --require "accuracy>=0.6"   a suite of tasks, with budgets and members
   vlm-reason compare runs/a runs/b                   paired, problem by problem
   vlm-reason select STORE --by bald                  what to label next; when to answer and when not
+  vlm-reason report STORE... -o report.html          all that stored samples say, as one HTML file
   vlm-reason plan recipe.yaml --device h100          time, tokens and memory before it starts
   vlm-reason serve recipe.yaml                       a vLLM server for engine.mode server
   vlm-reason import samples.jsonl -o STORE           samples of another program, for metrics and reports
+  vlm-reason lm-eval arc_easy -o OUT model=runs/m    tasks of lm-eval
 
 vlm-reason COMMAND --help says more of each."""
 
