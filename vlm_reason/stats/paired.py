@@ -15,7 +15,7 @@ from scipy.stats import binomtest, norm
 from ..errors import UserError
 from ..types import Estimate
 from .intervals import LEVEL, NAN, empty
-from .resample import cells, in_blocks, resample
+from .resample import CELLS, cells, in_blocks, resample
 
 SIGN_FLIPS = 10_000
 
@@ -139,7 +139,7 @@ def _sign_flip(difference: NDArray[np.float64], seed: int) -> float:
     if 2**n <= SIGN_FLIPS:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float((np.abs(signs @ difference) >= observed).mean())
-    found = cells(np.abs(difference), np.zeros(n))
+    found = cells(np.abs(difference), np.zeros(n), CELLS if n <= CELLS else CELLS // 8)
     generator = np.random.default_rng(seed)
     hits, done = 0, 0
     while done < SIGN_FLIPS:

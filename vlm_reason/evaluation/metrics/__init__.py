@@ -1,6 +1,12 @@
 """Metrics of answers and of their uncertainty: plain functions on arrays, each returning an Estimate."""
 
 from .accuracy import accuracy
+from .answer_disagreement import (
+    AnswerDisagreement,
+    AnswerInformation,
+    answer_disagreement,
+    answer_mutual_information,
+)
 from .calibration import (
     CalibrationEstimate,
     NullBand,
@@ -12,16 +18,9 @@ from .calibration import (
 )
 from .classwise import classwise_ece, tace
 from .comparison import Comparison, compare, compare_tasks
-from .conformal import ConformalResult, conformal, conformal_answers, conformal_quantile
+from .conformal import ConformalResult, conformal, conformal_answers, conformal_quantile, coverage_band
 from .detection import RocCurve, aupr, auroc, fpr_at_95, roc_curve
-from .disagreement import (
-    AnswerDisagreement,
-    Disagreement,
-    answer_disagreement,
-    bald_batch,
-    disagreement,
-    mutual_information,
-)
+from .disagreement import Disagreement, bald_batch, disagreement, mutual_information
 from .entropy import (
     entailment_clusters,
     p_true,
@@ -46,6 +45,7 @@ from .votes import Votes, maj_at_k, maj_at_k_judged, vote_fraction
 
 __all__ = [
     "AnswerDisagreement",
+    "AnswerInformation",
     "CalibrationEstimate",
     "Comparison",
     "ConformalResult",
@@ -57,6 +57,7 @@ __all__ = [
     "Votes",
     "accuracy",
     "answer_disagreement",
+    "answer_mutual_information",
     "augrc",
     "aupr",
     "aurc",
@@ -73,6 +74,7 @@ __all__ = [
     "conformal_answers",
     "conformal_quantile",
     "coverage_at_risk",
+    "coverage_band",
     "disagreement",
     "e_aurc",
     "ece",

@@ -1,38 +1,95 @@
-"""Answer sets that hold the right answer with a promised probability."""
+"""Answer sets that hold the right answer with a promised probability (split conformal prediction: Vovk et al. 2005;
+Angelopoulos & Bates 2021, arXiv 2107.07511).
+
+The promise is on average over calibration sets, and only for items drawn like the calibration items; not for each
+kind of item, and not after a shift.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import beta
 
+from ...errors import UserError, nearest
+from ...stats import group_sums, mean_interval, wilson
 from ...types import Estimate
-from .proper import Probabilities
+from .answers import Answers, classes, sampled, unreadable
+from .inputs import Array, share
+from .proper import ClassVectors, Probabilities, class_vectors
+
+Score = Literal["lac", "aps"]
 
 
 @dataclass(frozen=True)
 class ConformalResult:
-    """quantile: the threshold on the score, +inf where the calibration set is too small for alpha (flag in
-    `coverage.flags`). sets: one tuple of classes (answers) an item. band: central 95 % of the coverage such a
-    calibration set gives, Beta(n + 1 - l, l), l = floor((n + 1) alpha)."""
+    """Sets for the test items, and how they did.
+
+    quantile       the threshold: a class is in the set where its score is at most that. +inf: everything is, because
+                   the calibration set is too small for alpha (flag `calibration too small`), or the right answer of
+                   more than alpha of its items was never sampled (flag `unreachable`)
+    band           central 95 % of the coverage that calibration sets of this size give, Beta(n + 1 - l, l), l =
+                   floor((n + 1) alpha); (1, 1) for l = 0
+    coverage       share of test items whose set holds the right answer; `size` the mean size of a set, `singletons` and
+                   `empty` the shares of sets with one and with no member
+    members, sizes the sets one after the other; `sets` cuts them
+    """
 
     alpha: float
     score: str
     n_calibration: int
     quantile: float
     band: tuple[float, float]
-    sets: tuple[tuple[Any, ...], ...]
     coverage: Estimate
     size: Estimate
     singletons: Estimate
     empty: Estimate
+    members: Sequence[Any]
+    sizes: NDArray[np.int64]
+
+    @property
+    def sets(self) -> tuple[tuple[Any, ...], ...]:
+        """The set of every test item: class indices, or answers."""
+        ends = np.cumsum(self.sizes).tolist()
+        return tuple(tuple(self.members[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha,
+            "score": self.score,
+            "n_calibration": self.n_calibration,
+            "quantile": self.quantile if math.isfinite(self.quantile) else None,
+            "band": list(self.band),
+            "coverage": self.coverage.to_json(),
+            "size": self.size.to_json(),
+            "singletons": self.singletons.to_json(),
+            "empty": self.empty.to_json(),
+        }
 
 
 def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
-    """The ceil((n + 1)(1 - alpha))-th smallest score; +inf if that index > n."""
-    raise NotImplementedError
+    """The ceil((n + 1)(1 - alpha))-th smallest of n calibration scores; +inf if that index exceeds n. Scores may be
+    +inf (an answer that was never sampled), not NaN."""
+    share("alpha", alpha)
+    values = np.asarray(scores, dtype=float).ravel()
+    if np.isnan(values).any():
+        raise UserError(f"score {int(np.argmax(np.isnan(values)))} is NaN; a score must be a number, or +inf")
+    index = len(values) + 1 - _below(len(values), alpha)
+    return math.inf if index > len(values) else float(np.partition(values, index - 1)[index - 1])
+
+
+def coverage_band(n: int, alpha: float) -> tuple[float, float]:
+    """Central 95 % of the coverage over calibration sets of n items: Beta(n + 1 - l, l), l = floor((n + 1) alpha)."""
+    l = _below(n, share("alpha", alpha))
+    if l == 0:
+        return 1.0, 1.0
+    low, high = beta.ppf([0.025, 0.975], n + 1 - l, l)
+    return float(low), float(high)
 
 
 def conformal(
@@ -41,18 +98,113 @@ def conformal(
     test_probabilities: Probabilities,
     test_labels: ArrayLike,
     alpha: float = 0.1,
-    score: Literal["lac", "aps"] = "lac",
+    score: Score = "lac",
 ) -> ConformalResult:
-    """Calibrated on the first pair, sets for and coverage on the second."""
-    raise NotImplementedError
+    """Sets of classes, calibrated on (probabilities, labels) and measured on the test pair; K may differ between items.
+
+        lac  s(y) = 1 - p_y: the smallest sets on average (Sadinle et al. 2019), too small on hard items, empty at times
+        aps  s(y) = sum of all p_k >= p_y: sets that grow with the difficulty (Romano et al. 2020, arXiv 2006.02544;
+             without randomisation, so a little too large)
+
+    The calibration items must not have been trained on or tuned on. Invalid probabilities raise."""
+    if score not in ("lac", "aps"):
+        raise UserError(f"unknown score {score!r}{nearest(str(score), ('lac', 'aps'))}")
+    calibration, _ = class_vectors(probabilities, labels)
+    test, _ = class_vectors(test_probabilities, test_labels)
+    own = _class_scores(calibration, score)[calibration.start + calibration.label]
+    threshold = conformal_quantile(own, alpha)
+    scores = _class_scores(test, score)
+    inside = scores <= threshold + 1e-12
+    sizes = group_sums(test.item, inside.astype(float), len(test.size)).astype(np.int64)
+    members = (np.arange(len(scores)) - test.start[test.item])[inside]
+    covered = inside[test.start + test.label]
+    flags = () if math.isfinite(threshold) else ("calibration too small",)
+    return _result(alpha, score, len(own), threshold, covered, sizes, members.tolist(), flags)
 
 
 def conformal_answers(
-    answers: Sequence[Sequence[Hashable]],
+    answers: Answers,
     gold: Sequence[Any],
-    test_answers: Sequence[Sequence[Hashable]],
+    test_answers: Answers,
     test_gold: Sequence[Any],
     alpha: float = 0.1,
 ) -> ConformalResult:
-    """Sets of sampled answers: score 1 - vote share; a gold answer never sampled scores +inf."""
-    raise NotImplementedError
+    """Sets of sampled answers: an answer scores 1 - its share of the item's samples (unread samples stay in the
+    denominator and are never candidates). A gold answer that was not sampled scores +inf, so coverage above pass@S
+    cannot be had: the flag `unreachable` says that alpha asks for it, and then the sets are all answers sampled."""
+    own = _gold_scores(answers, gold)
+    threshold = conformal_quantile(own, alpha)
+    samples = sampled(test_answers)
+    found = classes(samples)
+    inside = 1 - found.count / samples.size[found.item] <= threshold + 1e-12
+    sizes = np.bincount(found.item[inside], minlength=len(samples.size))
+    covered = _gold_scores(test_answers, test_gold) <= min(threshold + 1e-12, 1.0)
+    small = len(own) + 1 - _below(len(own), alpha) > len(own)
+    flags = () if math.isfinite(threshold) else ("calibration too small",) if small else ("unreachable",)
+    members = [samples.names[c] for c in found.code[inside].tolist()]
+    return _result(alpha, "1 - vote share", len(own), threshold, covered, sizes, members, flags)
+
+
+def _below(n: int, alpha: float) -> int:
+    """floor((n + 1) alpha), where 0.1 means a tenth."""
+    return math.floor((n + 1) * alpha + 1e-9)
+
+
+def _class_scores(vectors: ClassVectors, score: Score) -> Array:
+    """[N]: the score of every class of every item."""
+    if score == "lac":
+        return 1.0 - vectors.flat
+    order = np.lexsort((-vectors.flat, vectors.item))
+    p, item = vectors.flat[order], vectors.item[order]
+    total = np.cumsum(p)
+    total -= np.concatenate([[0.0], total])[vectors.start][item]
+    last = np.ones(len(p), dtype=bool)  # equal probabilities share the sum up to the last of them
+    last[:-1] = (p[1:] != p[:-1]) | (item[1:] != item[:-1])
+    at_last = np.flatnonzero(last)[np.cumsum(last) - last]
+    scores = np.empty(len(p))
+    scores[order] = total[at_last]
+    return scores
+
+
+def _gold_scores(answers: Answers, gold: Sequence[Any]) -> Array:
+    """[n]: 1 - vote share of the gold answer, +inf where it was never sampled."""
+    samples = sampled(answers)
+    if len(gold) != len(samples.size):
+        raise UserError(f"{len(samples.size)} items in answers but {len(gold)} in gold")
+    found = classes(samples)
+    score = np.full(len(samples.size), np.inf)
+    for i, answer in enumerate(gold):
+        if unreadable(answer):
+            raise UserError(
+                f"gold[{i}] is {answer!r}; an item without a right answer cannot be judged, leave it out"
+            )
+    for i, code, count in zip(found.item.tolist(), found.code.tolist(), found.count.tolist(), strict=True):
+        if samples.names[code] == gold[i]:
+            score[i] = 1 - count / samples.size[i]
+    return score
+
+
+def _result(
+    alpha: float,
+    score: str,
+    n: int,
+    threshold: float,
+    covered: NDArray[np.bool_],
+    sizes: NDArray[np.int64],
+    members: Sequence[Any],
+    flags: tuple[str, ...],
+) -> ConformalResult:
+    coverage = wilson(covered)
+    return ConformalResult(
+        alpha,
+        score,
+        n,
+        threshold,
+        coverage_band(n, alpha),
+        replace(coverage, flags=(*coverage.flags, *flags)),
+        mean_interval(sizes),
+        wilson(sizes == 1),
+        wilson(sizes == 0),
+        members,
+        sizes,
+    )

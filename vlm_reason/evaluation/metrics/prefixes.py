@@ -1,7 +1,8 @@
 """Sums over the least uncertain items, tie group by tie group, of many resamples at once.
 
 A tie group of m items with losses summing to S, behind N items that lost L, contributes the expected prefixes
-L + j S/m, j = 1..m. Every area below has a closed form in (m, S, N, L), so a resample costs one step a group, not one an item.
+L + j S/m, j = 1..m. Every area below has a closed form in (m, S, N, L), so a resample costs one step a group, not one
+an item.
 """
 
 from __future__ import annotations

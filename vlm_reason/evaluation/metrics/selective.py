@@ -23,8 +23,8 @@ from .prefixes import Prefixes, area_of_means, area_of_sums, coverage_within, pr
 @dataclass(frozen=True)
 class RiskCoverage:
     """coverage [n] = i/n; risk [n] = L_i / i, the expected mean loss of the i least uncertain; oracle [n], the same
-    with the losses in rising order; tie_low, tie_high [n], the least and greatest risk over the orders of ties; base_risk,
-    the mean loss, which is the risk of withholding at random."""
+    with the losses in rising order; tie_low, tie_high [n], the least and greatest risk over the orders of ties;
+    base_risk, the mean loss, which is the risk of withholding at random."""
 
     coverage: Array
     risk: Array
