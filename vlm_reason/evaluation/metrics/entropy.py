@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...stats import OnInvalid, group_sums, mean_interval
 from ...types import Estimate
 from .answers import UNREAD, Answers, sampled
-from .inputs import Array, Ragged, ragged, same_sizes
+from .inputs import Array, Ragged, as_items, ragged, same_sizes
 
 
 def predictive_entropies(logps: Sequence[ArrayLike], lengths: Sequence[ArrayLike] | None = None) -> Array:
@@ -40,8 +40,7 @@ def predictive_entropy(
 ) -> Estimate:
     """Mean over items of `predictive_entropies`; t interval over items. A flat sequence is one item. Two texts that
     mean the same count as two: for answers take `semantic_entropy`."""
-    one = len(logps) > 0 and np.ndim(logps[0]) == 0
-    values = predictive_entropies(_items(logps, one), None if lengths is None else _items(lengths, one))
+    values = predictive_entropies(as_items(logps), None if lengths is None else as_items(lengths))
     name = (
         "predictive entropy, nats"
         if lengths is None
@@ -88,11 +87,10 @@ def semantic_entropy(
 ) -> Estimate:
     """Mean over items of `semantic_entropies`; t interval over items. A flat sequence is one item. Small-sample
     values are biased down (S samples cannot show more than log S): compare only at the same S."""
-    one = len(labels) > 0 and (isinstance(labels[0], str) or np.ndim(labels[0]) == 0)
     values = semantic_entropies(
-        _items(labels, one),
-        None if logps is None else _items(logps, one),
-        None if strings is None else _items(strings, one),
+        as_items(labels),
+        None if logps is None else as_items(logps),
+        None if strings is None else as_items(strings),
     )
     form = "discrete" if logps is None else "Rao"
     return replace(mean_interval(values, on_invalid), method=f"semantic entropy ({form}), nats; t")
@@ -176,7 +174,3 @@ def _logps(logps: Sequence[ArrayLike]) -> Ragged:
             f"item {int(flat.item[i])} has the log-probability {flat.flat[i]}; it must be finite and <= 0"
         )
     return flat
-
-
-def _items(values: Any, one: bool) -> Any:
-    return [values] if one else values

@@ -84,6 +84,16 @@ def ragged(name: str, items: Sequence[ArrayLike] | NDArray[Any]) -> Ragged:
     return Ragged(flat, size)
 
 
+def one_item(values: Any) -> bool:
+    """A flat sequence of samples, which stands for a single item?"""
+    return len(values) > 0 and (isinstance(values[0], str) or values[0] is None or np.ndim(values[0]) == 0)
+
+
+def as_items(values: Any) -> Any:
+    """Per-item sequences; a flat sequence becomes the only item."""
+    return [values] if one_item(values) else values
+
+
 def same_sizes(name_a: str, a: NDArray[np.int64], name_b: str, b: NDArray[np.int64]) -> None:
     """UserError where the items of two ragged inputs differ in number or in length."""
     if len(a) != len(b):

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ...errors import UserError
 from ...stats import OnInvalid, group_sums, share_interval
 from ...types import Estimate
-from .inputs import Array, Column, Ragged, clean, ragged, same_sizes, whole
+from .inputs import Array, Column, Ragged, as_items, clean, ragged, same_sizes, whole
 
 
 def pass_at_k_of_item(n: int, correct: int, k: int) -> float:
@@ -58,11 +58,11 @@ def best_of_k(
 
         sum_i C(i - 1, k - 1) / C(n, k) y_(i),  y_(1), ..., y_(n) in order of rising score,
 
-    with y averaged over tied scores. scores[i], correct[i]: the n_i draws of item i; mean and interval over items as
-    `pass_at_k`. A score that is not finite raises, or drops its item: a draw without a score cannot be ranked.
-    Items with fewer than k draws are dropped and counted."""
+    with y averaged over tied scores. scores[i], correct[i]: the n_i draws of item i (a flat sequence is one item);
+    mean and interval over items as `pass_at_k`. A score that is not finite raises, or drops its item: a draw without
+    a score cannot be ranked. Items with fewer than k draws are dropped and counted."""
     k = whole("k", k)
-    score, right = ragged("scores", scores), ragged("correct", correct)
+    score, right = ragged("scores", as_items(scores)), ragged("correct", as_items(correct))
     same_sizes("scores", score.size, "correct", right.size)
     draws = Column("scores", score.flat, "finite"), Column("correct", right.flat, "unit")
     clean(*draws, on_invalid=on_invalid)

@@ -6,7 +6,7 @@ item without a readable sample is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...stats import group_sums
 from ...types import Estimate
 from .answers import UNREAD, Answers, Classes, Sampled, classes, sampled, unreadable
-from .inputs import Array, Column, clean, ragged, same_sizes, whole
+from .inputs import Array, Column, as_items, clean, one_item, ragged, same_sizes, whole
 from .majority import expected_majority, expected_weighted
 from .repeats import over_items
 
@@ -36,7 +36,7 @@ def vote_fraction(answers: Answers) -> Votes:
     """The winner of each item's vote and its share of the samples, the confidence of self-consistency. A tie goes to
     the answer that was sampled first, which is a draw at random as long as samples come in the order drawn; for the
     expected correctness of a vote with ties split evenly use `maj_at_k`."""
-    samples = sampled(answers)
+    samples = sampled(as_items(answers))
     found = classes(samples)
     order = np.lexsort((found.first, -found.count, found.item))
     item = found.item[order]
@@ -61,15 +61,18 @@ def maj_at_k(
 
         mean over the C(n, k) subsets of (right answers among the winners) / (winners)
 
-    answers[i] are the canonical answers of item i, gold[i] its right one, or a set of right ones. Without weights the
-    mean is exact for up to 1,024 samples an item (`majority.expected_majority`). weights[i] (reward, exp of
-    the log-probability, min or product of step rewards; >= 0) are summed instead of counted: exact while C(n, k) <=
-    20,000, else over 2,000 subsets drawn with `seed` (fewer an item beyond 1,000 such items: 2,000,000 in all).
+    answers[i] are the canonical answers of item i, gold[i] its right one, or a set of right ones (flat answers with
+    one gold are one item). Without weights the mean is exact for up to 1,024 samples an item
+    (`majority.expected_majority`). weights[i] (reward, exp of the log-probability, min or product of step rewards;
+    >= 0) are summed instead of counted: exact while C(n, k) <= 20,000, else over 2,000 subsets drawn with `seed`
+    (fewer an item beyond 1,000 such items: 2,000,000 in all).
 
     Mean and interval over items as `pass_at_k`; items with fewer than k samples are dropped and counted. An unread
     sample abstains (flag `unparsed`); a subset in which nobody votes is wrong. Not for answers that were not
     brought to a canonical form: "18", "18.0" and "$18" would be three candidates."""
-    samples = sampled(answers)
+    gold = [gold] if one_item(answers) else gold
+    weights = None if weights is None else as_items(weights)
+    samples = sampled(as_items(answers))
     if len(gold) != len(samples.size):
         raise UserError(f"{len(samples.size)} items in answers but {len(gold)} in gold")
     found = classes(samples)
@@ -87,7 +90,8 @@ def maj_at_k_judged(
     """`maj_at_k` where a verifier judged every sample: correct[i], 0 or 1, is parallel to answers[i]. An answer is as
     right as its samples are on average (they differ only where the canonical form joins what the verifier keeps
     apart)."""
-    samples, verdict = sampled(answers), ragged("correct", correct)
+    samples, verdict = sampled(as_items(answers)), ragged("correct", as_items(correct))
+    weights = None if weights is None else as_items(weights)
     same_sizes("answers", samples.size, "correct", verdict.size)
     clean(Column("correct", verdict.flat, "unit"))
     found = classes(samples)
@@ -118,21 +122,14 @@ def _majority(
 
 def _equal_to_gold(samples: Sampled, found: Classes, gold: Sequence[Any] | NDArray[Any]) -> Array:
     """[C]: 1 for the classes that are their item's gold answer."""
-    if isinstance(gold, np.ndarray) and gold.dtype.kind in "iu":
-        return (
-            (np.asarray(samples.names)[found.code] == gold[found.item]).astype(float)
-            if len(found.code)
-            else np.empty(0)
-        )
+    coded = isinstance(samples.names, np.ndarray)
     for i, answer in enumerate(gold):
-        if unreadable(answer):
+        if unreadable(answer) or (coded and isinstance(answer, (int, np.integer)) and answer < 0):
             raise UserError(
                 f"gold[{i}] is {answer!r}; an item without a right answer cannot be judged, leave it out"
             )
-    sets = [x if isinstance(x, (set, frozenset)) else (x,) for x in gold]
+    if coded and isinstance(gold, np.ndarray):
+        return (np.asarray(samples.names)[found.code] == gold[found.item]).astype(float)
+    right = [x if isinstance(x, (set, frozenset)) else (x,) for x in gold]
     pairs = zip(found.item.tolist(), found.code.tolist(), strict=True)
-    return np.fromiter((_in(samples.names[c], sets[i]) for i, c in pairs), dtype=float, count=len(found.code))
-
-
-def _in(answer: Any, right: Collection[Any]) -> bool:
-    return answer in right
+    return np.fromiter((samples.names[c] in right[i] for i, c in pairs), dtype=float, count=len(found.code))
