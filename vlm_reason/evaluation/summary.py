@@ -57,7 +57,8 @@ class Summary:
     aurc, e_aurc, augrc, prr, risk_at_coverage (0.8), coverage_at_risk (0.05)    selective answering, loss = wrong
     predictive_entropy, predictive_entropy_per_token    -mean log p of a draw
     semantic_entropy   over canonical answers; semantic_entropy_auroc, semantic_entropy_prr of it as the uncertainty
-    total_entropy, expected_entropy, mutual_information, mutual_information_corrected    members of a posterior
+    total_entropy, expected_entropy, mutual_information    of the members of a posterior, the plug-in value where it is
+                       from sampled answers; mutual_information_corrected without its bias, and p that they differ
     conformal_coverage, conformal_size    answer sets at 1 - alpha = 0.9, calibrated on half of the problems
     """
 
@@ -321,14 +322,11 @@ def _of_members(items: Items, seed: int) -> _Part:
         exact = _skip("the probabilities are exact: nothing to correct", _MEMBERS[-1])
         values = (parts.total, parts.aleatoric, parts.mutual_information)
         return {name: mean_interval(v) for name, v in zip(_MEMBERS, values, strict=False)} | exact
-    split = metrics.answer_disagreement(_by_member(items), seed=seed)
-    by_name = {
-        "total_entropy": split.total,
-        "expected_entropy": split.aleatoric,
-        "mutual_information": split.mutual_information,
-        "mutual_information_corrected": split.miller_madow,
-    }
-    return {name: mean_interval(values, on_invalid="drop") for name, values in by_name.items()}
+    answers = _by_member(items)
+    split = metrics.answer_disagreement(answers, resamples=1, seed=seed)
+    values = (split.total, split.aleatoric, split.mutual_information)
+    made: _Part = {name: mean_interval(v, "drop") for name, v in zip(_MEMBERS, values, strict=False)}
+    return made | {_MEMBERS[-1]: metrics.answer_mutual_information(answers, seed=seed)}
 
 
 def _by_member(items: Items) -> list[list[Any]]:
