@@ -388,17 +388,17 @@ def test_tempered_samples_hold_q_and_not_p_greedy_ones_p_and_not_q() -> None:
 
 def test_rewards_are_read_and_a_verdict_is_no_reward() -> None:
     """A checker compared its answer with the reference: to rank by that is to look the answer up."""
-    scored = [dataclasses.replace(r, score=float(r.k)) for r in RECORDS]
-    assert candidates_from_records(scored).reward.tolist() == [0, 1, 2, 3, 4]
-    judged = [dataclasses.replace(r, failed=False, correct=True) for r in scored]
+    judged = [dataclasses.replace(r, failed=False, correct=True, score=1.0) for r in RECORDS]
     assert candidates_from_records(judged).reward is None
+    rewarded = [dataclasses.replace(r, reward=float(r.k)) for r in judged]
+    assert candidates_from_records(rewarded).reward.tolist() == [0, 1, 2, 3, 4]
+    assert candidates_from_records([*rewarded[:4], judged[4]]).reward is None
     with pytest.raises(
         UserError, match="best_of_n_reward needs reward.*a checker's verdict saw the reference"
     ):
         rank(candidates_from_records(judged), "best_of_n_reward")
-    extra = [dataclasses.replace(r, extra={"reward": 2.0, "step_rewards": [0.5, 0.25]}) for r in judged]
-    made = candidates_from_records(extra)
-    assert made.reward.tolist() == [2.0] * 5 and made.steps == ((0.5, 0.25),) * 5
+    steps = [dataclasses.replace(r, extra={"step_rewards": [0.5, 0.25]}) for r in judged]
+    assert candidates_from_records(steps).steps == ((0.5, 0.25),) * 5
 
 
 def test_text_without_token_ids_can_be_voted_on_but_not_scored() -> None:
@@ -407,7 +407,7 @@ def test_text_without_token_ids_can_be_voted_on_but_not_scored() -> None:
     ]
     made = candidates_from_records(texts)
     assert rank(made, "majority").posterior == (1.0,) and made.logp_trace is None and made.length is None
-    with pytest.raises(ValueError, match="sample 0 of problem 'p' has no token ids to score"):
+    with pytest.raises(UserError, match="sample 0 of problem 'p' is stored as text, without token ids"):
         score_matrices(Scorer(), (9,), {"p": texts}, Law())
 
 

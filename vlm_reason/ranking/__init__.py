@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .candidates import Candidates, candidates_from_records
+from .comparison import Ranked, compare_outcomes
 from .members import MemberRanking, rank_members, split_members
 from .methods import FROM_MODEL, METHODS, NEEDS, Ranker, lacking, rank
 from .outcomes import Outcome, outcome
@@ -21,10 +22,12 @@ __all__ = [
     "Candidates",
     "MemberRanking",
     "Outcome",
+    "Ranked",
     "Ranker",
     "Ranking",
     "answers_json",
     "candidates_from_records",
+    "compare_outcomes",
     "lacking",
     "outcome",
     "rank",

@@ -145,9 +145,8 @@ def candidates_from_records(records: Sequence[SampleRecord]) -> Candidates:
     draw).
 
     `logp_answer` is left out: it takes a model (`score_candidates`). So is `logp_trace` of samples drawn at another
-    temperature than 1 or with top-p: what is stored is then log q. Of greedy samples there is no log q. The reward is
-    the field `reward`, else `score` where it is no checker's verdict. Records from different weights or problems are
-    refused: they are not draws of one law.
+    temperature than 1 or with top-p: what is stored is then log q. Of greedy samples there is no log q. Records from
+    different weights or problems are refused: they are not draws of one law.
     """
     if not records:
         raise UserError("no samples to rank")
@@ -197,11 +196,10 @@ def _from_tokens(records: Sequence[SampleRecord], answers: Sequence[SampleRecord
 
 
 def _rewards(records: Sequence[SampleRecord]) -> Array | None:
-    """`reward`, else `score`; a score that came with a checker's verdict (`failed` says whether it worked) compared the
-    answer with the reference, and ranking by it would be looking it up."""
-    values = [r.extra.get("reward", r.score if r.failed is None else None) for r in records]
-    known = [isinstance(v, int | float) for v in values]
-    return np.array(values, dtype=float) if all(known) else None
+    """Of every sample or of none. Never `score`: that is the checker's verdict, which compared the answer with the
+    reference, and ranking by it would be looking it up."""
+    values = [r.reward for r in records if r.reward is not None]
+    return np.array(values) if len(values) == len(records) else None
 
 
 def _steps(records: Sequence[SampleRecord]) -> tuple[tuple[float, ...], ...] | None:

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..store import SampleRecord
 from .candidates import Candidates
 from .methods import rank
-from .posterior import Ranking
+from .posterior import Ranking, answers_json
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,10 @@ class MemberRanking:
         return self.classes[0] if self.classes else None
 
     def to_json(self) -> dict[str, Any]:
-        answers = zip(self.classes, self.posterior, self.se, strict=True)
         return {
             "method": self.method,
             "answer": self.answer,
-            "answers": [{"answer": c, "posterior": p, "se": s} for c, p, s in answers],
+            "answers": answers_json(self),
             "mutual_information": self.mutual_information,
             "plug_in": self.plug_in,
             "members": [ranking.to_json() for ranking in self.members],

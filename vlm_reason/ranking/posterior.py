@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,16 @@ class Ranking:
         }
 
 
-def answers_json(ranking: Ranking) -> list[dict[str, Any]]:
+class HasAnswers(Protocol):
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def posterior(self) -> tuple[float, ...]: ...
+    @property
+    def se(self) -> tuple[float, ...]: ...
+
+
+def answers_json(ranking: HasAnswers) -> list[dict[str, Any]]:
     answers = zip(ranking.classes, ranking.posterior, ranking.se, strict=True)
     return [{"answer": c, "posterior": p, "se": s} for c, p, s in answers]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..engines.base import Engine, Law, ScoreRequest
 from ..engines.rollout import REASONER
+from ..errors import UserError
 from ..store import SampleRecord
 from .candidates import Array, Candidates, candidates_from_records
 
@@ -30,7 +31,7 @@ def score_candidates(
     """The candidates of each problem with `logp_answer`, `logp_own` and `logp_trace` under `law`, the model that ranks.
 
     traces: score log p(z | x) too; by default where the samples do not hold it (drawn at another temperature). Say
-    True where other weights than those of `law` drew them. ValueError for samples without token ids.
+    True where other weights than those of `law` drew them. UserError for samples without token ids.
     """
     made = {name: candidates_from_records(records) for name, records in groups.items()}
     plans = {name: _Plan(records, cue_ids, law) for name, records in groups.items()}
@@ -79,8 +80,9 @@ class _Plan:
         self.same: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[int]] = {}
         for n, record in enumerate(records):
             if not record.trace_ids:
-                raise ValueError(
-                    f"sample {record.key} of problem {record.problem_id!r} has no token ids to score"
+                raise UserError(
+                    f"sample {record.key} of problem {record.problem_id!r} is stored as text, without token ids to "
+                    "score: rank by a method that needs no model (majority)"
                 )
             if record.answered:
                 answers.setdefault(record.answer_text, record.answer_ids)
