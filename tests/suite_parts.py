@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,18 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from vlm_reason.store import SampleRecord
+
 TEMPLATE = {"base": "steps", "prior": "{question}=", "posterior": "{question}={hint}=", "cue": "a:"}
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The model, made to prefer digits and the end of a line, so that a good part of what it says is a number: one
+    dimension of the embedding is the same for all tokens, and the head reads a preference off it."""
+    liked = tokenizer.convert_tokens_to_ids([*"0123", "\n"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 1.5
+        model.lm_head.weight[liked, 0] += torch.tensor([0.7, 0.7, 0.7, 0.7, 1.0])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -75,3 +84,15 @@ def write_suite(folder: Path, model: Path, members: Sequence[Path] = (), **keys:
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+def record(problem: int, k: int, correct: bool, proposal: str, weights: str, canonical: str) -> SampleRecord:
+    """A judged sample of one token."""
+    return SampleRecord(
+        key=f"{problem:08x}{k:08x}{zlib.crc32(weights.encode()):016x}",
+        problem_id=f"p{problem}", question=f"{problem}?", reference="1", prompt_ids=(1,), trace_ids=(2,),
+        trace_text="t", trace_logps=(-1.0,), finish="stop", seed=k, temperature=1.0, top_p=1.0, proposal=proposal,
+        saw_answer=False, weights=weights, engine="e", k=k, m=1, answer_ids=(3,), answer_text=canonical,
+        answer_logps=(-1.0,), answer_finish="stop", correct=correct, score=1.0, parsed=canonical, failed=False,
+        canonical=canonical,
+    )  # fmt: skip

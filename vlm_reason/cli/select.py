@@ -103,15 +103,18 @@ def _run(options: argparse.Namespace) -> Result:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not (options.by or options.risk is not None or options.alpha is not None or options.ood):
+    calibrated = options.risk is not None or options.alpha is not None
+    if options.calibrate and not calibrated:
+        raise UserError("--calibrate needs --risk or --alpha")
+    if not (options.by or calibrated or options.ood):
         raise UserError(
             "say what to select: --by (problems to label), --risk or --alpha (with --calibrate), or --ood"
         )
-    if (options.risk is not None or options.alpha is not None) and not options.calibrate:
-        raise UserError("--risk and --alpha need --calibrate STORE: a threshold chosen on the problems it is used on "
-                        "promises nothing")  # fmt: skip
-    if options.calibrate and options.risk is None and options.alpha is None:
-        raise UserError("--calibrate needs --risk or --alpha")
+    if calibrated and not options.calibrate:
+        raise UserError(
+            "--risk and --alpha need --calibrate STORE: a threshold chosen on the very problems it is used on "
+            "promises nothing"
+        )
     if options.output and not options.by:
         raise UserError("-o writes the problems that --by chose; give --by")
     if options.alpha is not None and not 0 < options.alpha < 1:
@@ -181,8 +184,9 @@ def _show(result: Result) -> None:
             (p["id"], number(p["score"]), " ".join(p["question"].split())[-60:])
             for p in chosen["problems"][:SHOWN]
         ]
-        title = f"{len(chosen['problems'])} of {result['problems']} problems to label, by {chosen['by']}"
-        out.print(table(title, ("problem", "score", "question"), rows))
+        out.print(table("to label next", ("problem", "score", "question"), rows))
+        what = f"{len(chosen['problems'])} of {result['problems']} problems to label, by {chosen['by']}"
+        out.print(what + (f", in {chosen['file']}" if chosen["file"] else ""), highlight=False)
     if s := result.get("selective"):
         out.print(table(f"answer or abstain at risk {s['risk_wanted']:g}", ("", "value"), _selective_rows(s)))
         out.print(_promise(s), highlight=False)
@@ -198,8 +202,8 @@ def _show(result: Result) -> None:
             (name, *(estimate(s[k]) for k in ("auroc", "aupr", "fpr_at_95")))
             for name, s in o["scores"].items()
         ]
-        title = f"telling {o['problems']} problems of {o['store']} (positive) from {result['problems']}"
-        out.print(table(title, ("score", "AUROC", "AUPR", "FPR at 95% TPR"), rows))
+        out.print(table("problems of another kind", ("score", "AUROC", "AUPR", "FPR at 95% TPR"), rows))
+        out.print(f"positive: the {o['problems']} problems of {o['store']}", highlight=False)
 
 
 def _selective_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:

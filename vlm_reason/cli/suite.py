@@ -73,9 +73,10 @@ def show_suite(result: Result) -> None:
         for metric in metrics
     ]
     rows.append(("problems", *(str(result["tasks"][task]["problems"]) for task in tasks)))
+    out.print(table(f"suite {result['suite']}, 95% intervals", ("", *tasks), rows))
     members = len(result["model"]["members"])
     what = f", {members} members" if members > 1 else ""
-    out.print(table(f"{result['suite']}: {result['model']['name']}{what}, 95% intervals", ("", *tasks), rows))
+    out.print(f"model: {result['model']['name']}{what}", highlight=False)
     for task, report in result["tasks"].items():
         for line in _remarks(report):
             out.print(f"{task}: {line}", highlight=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UserError
 from ..scoring.logprobs import log_law
 from .base import Law
 
@@ -49,12 +50,17 @@ def inverse_cdf(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """First index whose running sum exceeds u times the total, and the total [B] fp64. mass [B, V] >= 0 fp32.
 
     Two levels, block sums and then the one block that holds the target: a running fp64 sum over the whole vocabulary
-    costs ten times as much.
+    costs ten times as much. UserError where a total is not finite: there is no law to draw from.
     """
     batch, vocab = mass.shape
     mass = torch.nn.functional.pad(mass, (0, -vocab % BLOCK))
     blocks = mass.view(batch, -1, BLOCK)
     outer = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    if not bool(outer[:, -1].isfinite().all()):
+        raise UserError(
+            "the model's next-token scores are not finite: its weights hold NaN or infinity, or its dtype overflows; "
+            "mend the weights, or use dtype bfloat16 or float32"
+        )
     target = u[:, None] * outer[:, -1:]
     index = _first_above(outer, target)
     before = torch.where(index > 0, outer.gather(-1, (index - 1).clamp_min(0)), 0.0)
