@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from . import curves
 from .figures import Figure, Header, Notice, Report, Task, plain
 from .notices import of_comparison, of_problems, of_system
 from .rationales import Place, item, places, whole
-from .rows import adjusted, rows
+from .rows import adjusted, more, rows, skipped
 from .system import Problems, System, data_hash, problems_of, read_systems
 from .tokens import Decode, decoder_of
 
@@ -80,7 +80,9 @@ def build(
     tasks = []
     for name, problems in by_task.items():
         progress(f"metrics of {name}")
-        tasks.append(Task(name, rows(problems), tuple(_figures(problems, outside, config.target_risk))))
+        figures = _figures(problems, outside, config.target_risk)
+        table = rows(problems)
+        tasks.append(Task(name, table, more(problems, table), skipped(problems), tuple(figures)))
         notices += _task_notices(systems, name, problems, len(by_task) > 1)
     progress("rationales")
     found = places(list(by_task.values()), config.method)
@@ -147,14 +149,19 @@ def _figures(
 
 
 def _of_members(pairs: Sequence[tuple[int, Problems]], outside: Mapping[int, Problems]) -> list[Figure]:
-    """Said once, not once a system, where no system has members."""
-    kept = [(i, p) for i, p in pairs if len(p.members) > 1] or pairs[:1]
-    figures = [
-        f
+    """Of the systems that have members; where none has, that is said once."""
+    kept = [(i, p) for i, p in pairs if len(p.members) > 1]
+    if not kept:
+        _, p = pairs[0]
+        return [
+            replace(f, system=None)
+            for f in (curves.mutual_information(p, 0, None), curves.member_variance(p, 0))
+        ]
+    return [
+        figure
         for i, p in kept
-        for f in (curves.mutual_information(p, i, outside.get(i)), curves.member_variance(p, i))
+        for figure in (curves.mutual_information(p, i, outside.get(i)), curves.member_variance(p, i))
     ]
-    return figures
 
 
 def _task_notices(
@@ -215,8 +222,8 @@ def _header(system: System) -> Header:
             f"{samples:,} ({_range([p.fewest for p in everything], [p.most for p in everything])} a problem)",
         ),
         (
-            "law",
-            f"{_values(c.temperature, 'temperature {}')}, {_values(c.top_p, 'top-p {}')}, from {_proposal(system)}",
+            "sampling",
+            f"{_values(c.temperature, 'temperature {}')}, {_values(c.top_p, 'top-p {}')}, {_proposal(system)}",
         ),
         ("unreadable", _percent(c.unparsed.sum(), c.answered.sum())),
         ("unfinished", _percent((c.finish != 0).sum(), len(c))),

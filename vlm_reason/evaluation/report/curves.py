@@ -257,6 +257,12 @@ def conformal(p: Problems, system: int) -> Figure:
         "bound": [all(math.isfinite(r.quantile) for r in pair) for pair in results],
         "never_sampled": never,
     }
+    if not any(data["bound"]):
+        why = (
+            f"The right answer was never sampled on {never:.0%} of the problems: no set of sampled answers can keep a "
+            f"promise of {1 - ALPHAS[-1]:.0%} or more. Draw more samples."
+        )
+        return _missing("conformal", title, why, system)
     return Figure("conformal", title, _set_sentence(data, never), data, None, system)
 
 

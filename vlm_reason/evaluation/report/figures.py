@@ -79,8 +79,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Task:
+    """rows: what most readers want; more: every other metric. skipped: metric -> why it could not be computed."""
+
     name: str
     rows: tuple[Row, ...]
+    more: tuple[Row, ...]
+    skipped: Mapping[str, str]
     figures: tuple[Figure, ...]
 
 

@@ -75,7 +75,7 @@ def _top(report: Report) -> str:
 
 def _card(i: int, header: Header, several: bool) -> str:
     facts = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in header.facts)
-    first = ' <span class="soft small">(the others are compared with it)</span>' if several and i == 0 else ""
+    first = ' <span class="soft small">baseline</span>' if several and i == 0 else ""
     low, high = header.accuracy.ci
     return (
         f'<section class="system s{i}"><h3>{esc(header.name)}{first}</h3>'
@@ -109,9 +109,21 @@ def _warnings(warnings: Sequence[Notice]) -> str:
 def _task(i: int, task: Task, systems: Sequence[str]) -> str:
     figures = "".join(_figure(f"plot-{i}-{n}", figure, systems) for n, figure in enumerate(task.figures))
     return (
-        f'<section id="task-{i}"><h2>{esc(task.name)}</h2>{metric_table(task.rows, systems)}'
+        f'<section id="task-{i}"><h2>{esc(task.name)}</h2>{metric_table(task.rows, systems)}{_more(task, systems)}'
         f'<div class="figures">{figures}</div></section>'
     )
+
+
+def _more(task: Task, systems: Sequence[str]) -> str:
+    if not task.more and not task.skipped:
+        return ""
+    why: dict[str, list[str]] = {}
+    for name, reason in task.skipped.items():
+        why.setdefault(reason, []).append(name)
+    left = "".join(f"<li>{esc(', '.join(names))}: {esc(reason)}</li>" for reason, names in why.items())
+    not_there = f'<p class="small soft">Not computed:</p><ul class="small soft">{left}</ul>' if left else ""
+    table = metric_table(task.more, systems) if task.more else ""
+    return f'<details class="more"><summary>All other metrics</summary>{table}{not_there}</details>'
 
 
 def _figure(name: str, figure: Figure, systems: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...stats import holm
 from .. import metrics
@@ -44,6 +45,24 @@ def rows(problems: Mapping[int, Problems]) -> tuple[Row, ...]:
             if name in p.summary.estimates and _wanted(metric, p, k):
                 made.append(_row(metric, system, p, problems.get(0), k))
     return tuple(made)
+
+
+def more(problems: Mapping[int, Problems], shown: Sequence[Row]) -> tuple[Row, ...]:
+    """Every metric of the summaries that is no row yet, under its own name."""
+    there = {row.key for row in shown}
+    names = dict.fromkeys(
+        name for p in problems.values() for name in p.summary.estimates if name not in there
+    )
+    return tuple(
+        Row(name, name, "", "more", 0, 3, system, p.summary[name])
+        for name in names
+        for system, p in problems.items()
+        if name in p.summary.estimates
+    )
+
+
+def skipped(problems: Mapping[int, Problems]) -> dict[str, str]:
+    return {name: why for p in problems.values() for name, why in p.summary.skipped.items()}
 
 
 def _wanted(metric: Metric, p: Problems, k: int) -> bool:
@@ -119,10 +138,17 @@ def _pass_hat(p: Problems, k: int) -> Array:
 
 
 def _maj(p: Problems, k: int) -> Array:
-    if p.most == k:
-        return _answer(p, k)
     pairs = zip(p.answers, p.correct, strict=True)
+    if p.most == k:
+        return np.array([_vote(a, c) for a, c in pairs])
     return np.array([metrics.maj_at_k_judged([a], [c], k).value for a, c in pairs])
+
+
+def _vote(answers: NDArray[np.int64], correct: NDArray[np.bool_]) -> float:
+    """Rightness of the winner of all samples, a tie split evenly; 0 where nothing could be read."""
+    codes, votes = np.unique(answers[answers >= 0], return_counts=True)
+    winners = codes[votes == votes.max(initial=0)]
+    return float(np.mean([correct[answers == w].mean() for w in winners])) if len(winners) else 0.0
 
 
 def _brier(p: Problems, k: int) -> Array:

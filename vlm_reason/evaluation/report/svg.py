@@ -135,12 +135,12 @@ class Plot:
             self.text(x + (-4 if end else 4), top + 10, label, "note", "end" if end else "start")
 
     def level(self, b: float, style: str, label: str = "") -> None:
-        """A horizontal line across the plot, labelled at its right end."""
+        """A horizontal line across the plot, labelled at its left end."""
         left, top, right, _ = self.area
         y = self.py(b)
         self.marks.append(f'<path class="line {style}" d="M{_n(left)} {_n(y)}H{_n(right)}"/>')
         if label:
-            self.text(right - 3, y - 4 if y - 14 > top else y + 12, label, "note", "end")
+            self.text(left + 4, y - 4 if y - 14 > top else y + 12, label)
 
     def text(self, x: float, y: float, words: str, style: str = "note", anchor: str = "start") -> None:
         """Text at a place of the picture (not of the data)."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..svg import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Plot, Scale, nice_ticks, nice_top, picture
 
 GROUPS = {"right": ("right", "s0"), "wrong": ("wrong", "s1"), "ood": ("out of distribution", "s3")}
-GAP, START = 10.0, 14.0
+GAP, START = 22.0, 20.0
 
 
 def draw_entropy(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ def _draw(name: str, data: Mapping[str, Any], x_title: str, title: str) -> str:
         if mean is not None:
             plot.line([mean, mean], [0, top], f"{style} dash", f"mean {mean:.3f}")
         text = f"{label}: {sum(counts)} problems" + ("" if mean is None else f", mean {mean:.2f}")
-        plot.text(WIDTH - RIGHT - 4, start + 11, text, "note", "end")
+        plot.text(LEFT, start - 6, text, "key")
         plots.append(plot)
         said.append(text)
     if "null_mean" in data and data["null_mean"] is not None and math.isfinite(data["null_mean"]):
