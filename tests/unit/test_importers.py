@@ -324,10 +324,12 @@ def test_the_peer_itself(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, store = jsonl(tmp_path / "r.jsonl", [ROW]), str(tmp_path / "s")
     assert main(["import", str(file), "-o", store, "--system", "m", "--json", "--quiet"]) == 0
-    assert json.loads(capfd.readouterr().out) == {
-        "file": str(file), "store": store, "format": "recorded", "system": "m", "problems": 1, "samples": 3,
-        "new": 3, "unparsed": 1, "failed": 0,
-    }  # fmt: skip
+    counts = {"problems": 1, "samples": 3, "new": 3, "unparsed": 1, "failed": 0}
+    one = {"file": str(file), "format": "recorded", "system": "m", **counts}
+    assert json.loads(capfd.readouterr().out) == {"store": store, **counts, "files": [one]}
+    more = [str(jsonl(tmp_path / f"{i}.jsonl", [{**ROW, "id": str(i)}])) for i in range(2)]
+    assert main(["import", *more, str(file), "-o", store, "--system", "m", "--json", "--quiet"]) == 0
+    assert [one["new"] for one in json.loads(capfd.readouterr().out)["files"]] == [3, 3, 0]
     assert main(["import", str(file), "-o", store, "--system", "m", "--quiet"]) == 0
     assert "new" in capfd.readouterr().out
     assert main(["import", str(tmp_path / "none"), "-o", store]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -167,6 +168,28 @@ def test_the_index_gives_what_parsing_gives(tmp_path: Path, monkeypatch: pytest.
     index.index_path(segment).unlink()
     assert same(SampleStore.open(tmp_path).columns(), parsed)
     assert index.find_index(segment) is not None  # a reader that had to parse leaves one
+
+
+def _read_columns(folder: str) -> None:
+    for _ in range(5):
+        assert same(SampleStore.open(folder).columns(), columns_of(variety()))
+        for path in Path(folder).glob("*.index"):
+            path.unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("small_indexes")
+def test_readers_at_once_make_and_lose_indexes(tmp_path: Path) -> None:
+    fill(tmp_path, variety())
+    context = multiprocessing.get_context("fork")
+    readers = [context.Process(target=_read_columns, args=(str(tmp_path),)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+        assert reader.exitcode == 0
+    assert not [
+        path for path in tmp_path.iterdir() if path.name.startswith(".")
+    ]  # no half-written file stays
 
 
 @pytest.mark.usefixtures("small_indexes")

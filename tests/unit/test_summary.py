@@ -164,7 +164,7 @@ def test_one_draw_has_the_likelihood_of_its_answer() -> None:
     text = {"text_only": True, "trace_ids": (), "trace_logps": (), "answer_ids": (), "answer_logps": ()}
     bare = of([sample("a", 0, **text), sample("b", 0, "8", **text)])
     assert bare.decision is None and "no confidence" in bare.skipped["ece"]
-    assert bare["accuracy"].value == 0.5
+    assert bare["accuracy"].value == 0.5 and bare.skipped["pass@k"] == "one draw a problem"
 
 
 def options(logps: list[float], gold: int = 0, **changes: Any) -> dict[str, Any]:

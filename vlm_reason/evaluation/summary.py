@@ -155,6 +155,8 @@ def _skip(why: str, *names: str) -> _Part:
 
 def _powers(items: Items) -> tuple[int, ...]:
     most = int(items.n.max(initial=0))
+    if most < 2:
+        return ()
     return tuple(k for k in (1 << i for i in range(most.bit_length())) if k <= min(most, LARGEST_K))
 
 
@@ -183,6 +185,8 @@ def _of_samples(items: Items) -> _Part:
 
 def _of_repeats(items: Items, ks: tuple[int, ...], scores: tuple[str, Any] | None, seed: int) -> _Part:
     made: _Part = {}
+    if not ks:
+        return _skip("one draw a problem", "pass@k", "pass^k", "maj@k", "best_of@k")
     split_scores = None if scores is None else items.split(scores[1])
     correct = items.split(items.draws.correct)
     for k in ks:
