@@ -63,8 +63,13 @@ def group_sums(group: NDArray[np.int64], values: Array, groups: int) -> Array:
 
 def resample(count: NDArray[np.int64], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
     """[resamples, A]: how often every cell is drawn when all items are drawn anew with replacement."""
-    n = int(count.sum())
-    return np.random.default_rng(seed).multinomial(n, count / max(n, 1), size=resamples)
+    n, kinds = int(count.sum()), len(count)
+    generator = np.random.default_rng(seed)
+    if n > 2 * kinds:
+        return generator.multinomial(n, count / n, size=resamples)
+    drawn = np.repeat(np.arange(kinds), count)[generator.integers(0, max(n, 1), size=(resamples, n))]
+    drawn += kinds * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * kinds).reshape(resamples, kinds)
 
 
 def summarise(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -20,14 +22,12 @@ def accuracy(correct: ArrayLike, items: Labels | None = None, *, on_invalid: OnI
     that could not be read is a 0 here, not a gap. Not for comparing two systems: use `compare`, which pairs them.
     """
     [values], dropped = clean(Column("correct", correct, "unit"), on_invalid=on_invalid)
-    given = len(values) + dropped
-    if items is not None and len(items) != given:
-        raise UserError(f"{given} values of correct but {len(items)} items; give the item of every value")
-    binary = bool(np.isin(values, (0, 1)).all())
-    codes, count = (np.arange(given), given) if items is None else factorise(items)
-    if binary and count == given:
-        return wilson(np.asarray(correct, dtype=float).ravel(), on_invalid)
     raw = np.asarray(correct, dtype=float).ravel()
-    if dropped:
-        raw = np.where((raw >= 0) & (raw <= 1), raw, np.nan)
-    return clustered_share(raw, codes, on_invalid)
+    if items is not None and len(items) != len(raw):
+        raise UserError(f"{len(raw)} values of correct but {len(items)} items; give the item of every value")
+    codes, count = (np.arange(len(raw)), len(raw)) if items is None else factorise(items)
+    if count == len(raw) and bool(np.isin(values, (0, 1)).all()):
+        return replace(wilson(values), n_dropped=dropped)
+    with np.errstate(invalid="ignore"):
+        kept = (raw >= 0) & (raw <= 1)
+    return replace(clustered_share(values, codes[kept]), n_dropped=dropped)

@@ -125,7 +125,7 @@ def reliability_diagram(
     [c, y], _ = _columns(confidence, correct, on_invalid)
     found = make_bins(c, bins, scheme)
     sums = bin_sums(found, c, y)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         acc, conf = sums.right / sums.n, sums.conf / sums.n
         low, high = _wilson(sums.right, sums.n)
         null = (
@@ -227,11 +227,14 @@ def _null_sums(bins: Bins, confidence: Array, draws: int, seed: int) -> BinSums:
     confidences, of one bin and about one confidence)."""
     alike, one_hot = null_cells(bins, confidence)
     generator = np.random.default_rng([seed, 1])
-    right = in_rows(
-        draws,
-        len(alike.count),
-        lambda r: generator.binomial(alike.count, alike.x, (r, len(alike.x))) @ one_hot,
-    )
+    alone = bool((alike.count == 1).all())
+
+    def draw(rows: int) -> Array:
+        if alone:
+            return (generator.random((rows, len(alike.x))) < alike.x) @ one_hot
+        return generator.binomial(alike.count, alike.x, (rows, len(alike.x))) @ one_hot
+
+    right = in_rows(draws, len(alike.count), draw)
     n, conf = alike.count @ one_hot, (alike.count * alike.x) @ one_hot
     return BinSums(np.broadcast_to(n, right.shape), right, np.broadcast_to(conf, right.shape))
 

@@ -70,7 +70,10 @@ def maj_at_k(
     Mean and interval over items as `pass_at_k`; items with fewer than k samples are dropped and counted. An unread
     sample abstains (flag `unparsed`); a subset in which nobody votes is wrong. Not for answers that were not
     brought to a canonical form: "18", "18.0" and "$18" would be three candidates."""
-    gold = [gold] if one_item(answers) else gold
+    if one_item(answers):
+        if not isinstance(gold, (str, set, frozenset)) and np.ndim(gold) > 0:
+            raise UserError(f"answers are the samples of one item, so gold must be one answer, got {gold!r}")
+        gold = [gold]
     weights = None if weights is None else as_items(weights)
     samples = sampled(as_items(answers))
     if len(gold) != len(samples.size):
