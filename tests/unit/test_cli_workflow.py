@@ -148,6 +148,19 @@ def test_evaluation_compares_base_and_trained_with_the_bound(recipe: Path, capfd
     assert one["systems"]["base"]["accuracy"] == base["accuracy"]
 
 
+def test_a_recipe_takes_requirements_too(recipe: Path, capfd) -> None:
+    arguments = ["eval", str(recipe), "evaluation.bound_traces=0", "--json", "--require"]
+    assert main([*arguments, "trained:accuracy.low>=0.5"]) == 0
+    assert json.loads(capfd.readouterr().out)["requirements"][0]["kept"]
+    assert main([*arguments, "accuracy>=0.5"]) == 3  # asked of the base model too
+    kept = {o["task"]: o["kept"] for o in json.loads(capfd.readouterr().out)["requirements"]}
+    assert kept == {"base": False, "trained": True}
+    assert main([*arguments, "trained:acc>=0.5"]) == 2
+    assert "no metric 'acc'" in capfd.readouterr().err
+    assert main(["eval", str(recipe), "--audit"]) == 2
+    assert "--audit is for suites" in capfd.readouterr().err
+
+
 def test_people_get_tables(recipe: Path, capfd) -> None:
     for arguments in (["sample"], ["rank"], ["eval"]):
         assert main([*arguments, str(recipe)]) == 0

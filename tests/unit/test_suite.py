@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.suite_parts import save_adapter, save_model, suite_data, write_sums
+from tests.suite_parts import save_adapter, save_model, suite_data, write_suite, write_sums
+from vlm_reason.cli.main import main
 from vlm_reason.config import from_dict
 from vlm_reason.errors import UserError
 from vlm_reason.evaluation.members import load_members
@@ -343,6 +344,51 @@ def test_the_audit_finds_a_store_of_other_weights(suite: Suite, model: Path, tmp
     bad = run_suite(config, audit=True)["audit"]
     assert not bad["passed"] and bad["largest"] == pytest.approx(0.01, abs=1e-4)
     assert run_suite(config, audit=True, tolerance=0.02)["audit"]["passed"]
+
+
+# ---- the command
+
+
+def test_the_command_and_its_exit_status(model: Path, tmp_path: Path, capfd: Any) -> None:
+    path = str(write_suite(tmp_path / "suite", model))
+    assert main(["eval", path, "--json", "--quiet", "--require", "accuracy>=0"]) == 0
+    printed = capfd.readouterr().out
+    result = json.loads(printed)
+    assert printed.count("\n") == 1 and result["suite"] == "sums"
+    broken = ["--require", "low:accuracy.low>=0.9", "--require", "truncated<=1"]
+    assert main(["eval", path, "--quiet", "--audit", *broken]) == 3
+    shown = capfd.readouterr().out
+    assert (
+        "NOT KEPT: low:accuracy.low>=0.9 on low (it is 0.0" in shown and "kept: truncated<=1 on high" in shown
+    )
+    assert "audit: 32 samples scored again alone" in shown and "(0 now)" in shown
+    assert main(["eval", path, "--quiet", "--audit", "--audit-tolerance", "1e-12"]) == 3
+    assert "NOT PASSED" in capfd.readouterr().out
+    assert main(["eval", path, "budget.problems=2", "--quiet", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["tasks"]["low"]["left_out"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--require", "acuracy>=0.6"], "did you mean 'accuracy'"),
+        (["--require", "mid:accuracy>=0.6"], "no task 'mid'"),
+        (["--require", "pass@8>=0.6"], "no metric 'pass@8'"),
+        (["--require", "mutual_information>=0"], "no metric 'mutual_information'"),
+        (["--require", "60%"], "cannot read the requirement"),
+        (["--from-store"], "--from-store is for training recipes"),
+        (["--audit-tolerance", "1"], "no meaning without --audit"),
+        (["sampling.temprature=1"], "unknown config key"),
+        (["members=[nowhere]"], "no folder 'nowhere'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_it_draws(
+    model: Path, tmp_path: Path, capfd: Any, arguments: list[str], said: str
+) -> None:
+    assert main(["eval", str(write_suite(tmp_path / "suite", model)), "--quiet", *arguments]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vlm-reason: ") and said in error
+    assert not (tmp_path / "suite" / "out").exists()
 
 
 # ---- what a config may say
