@@ -137,13 +137,14 @@ def serve(config: RunConfig, systems: Collection[System]) -> dict[System, Served
 def _load(config: RunConfig, source: str, adapter: Path | None) -> dict[System, Served]:
     """Both systems over one model: `base` without its adapter, `trained` with it. Without an adapter the two
     are the same weights, and the caller takes the one that `source` is."""
-    from ..engines.make import make_engine
+    from ..engines.make import check_engine, make_engine
     from ..evaluation.members import hash_adapter
     from ..models.adapters import AdapterConfig, add_adapters, load_adapters
     from ..models.load import fingerprint_weights, load_model
     from ..tasks.prompts import PromptBuilder
     from ..traces.run import adapter_config, resolve_template
 
+    check_engine(config.engine, adapter is not None)
     model, tokenizer = load_model(source, dtype=cast(Any, config.dtype))  # it checks the name
     base = trained = fingerprint_weights(model)
     serving: Any = model
@@ -174,7 +175,7 @@ def provenance(served: Served, settings: EvalConfig) -> Provenance:
     """What the store keys the samples of `served` by."""
     from ..evaluation.provenance import provenance_of
 
-    return provenance_of(served.engine, served.builder, settings, served.weights)
+    return provenance_of(served.engine, served.builder.fingerprint(), settings, served.weights)
 
 
 def systems_in(records: Iterable[SampleRecord]) -> tuple[System, ...]:

@@ -19,8 +19,9 @@ from ..store import SampleRecord
 
 ITEMS = 32
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-"""Largest difference of one token, nats, by the dtype of the weights: about ten times what rounding was seen to do."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.2}
+"""Largest difference of one token, nats, by the dtype of the weights. Measured with the built-in model over 1,500
+tokens: 3.7e-5 in float32, 0.36 in bfloat16 (0.017 on average)."""
 
 
 @dataclass(frozen=True)

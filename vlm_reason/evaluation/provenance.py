@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Protocol
 
 from ..compat.vllm import installed_version
 from ..engines.base import Engine
@@ -12,14 +11,11 @@ from ..store import Provenance
 from .harness import EvalConfig
 
 
-class Fingerprinted(Protocol):
-    def fingerprint(self) -> str: ...
-
-
 def provenance_of(
-    engine: Engine, builder: Fingerprinted, settings: EvalConfig, weights: str, member: int | None = None
+    engine: Engine, prompts: str, settings: EvalConfig, weights: str, member: int | None = None
 ) -> Provenance:
-    """Whatever changes a sample changes its key. `member` numbers the draw of a weight posterior."""
+    """Whatever changes a sample changes its key. prompts: the prompt builder's fingerprint. `member` numbers the draw
+    of a weight posterior."""
     return Provenance(
         weights=weights,
         engine=engine_name(engine),
@@ -27,7 +23,7 @@ def provenance_of(
         top_p=settings.top_p,
         member=member,
         parameters={
-            "prompts": builder.fingerprint(),
+            "prompts": prompts,
             "max_trace_tokens": settings.max_trace_tokens,
             "max_answer_tokens": settings.max_answer_tokens,
         },

@@ -32,14 +32,15 @@ from .provenance import provenance_of
 from .sampling import SAMPLES_PER_CHUNK, is_stored, record_keys
 from .suite import SuiteConfig
 
-SWITCHING = 16
-"""Members that are loaded one at a time are changed this many times less often."""
+LARGE = 16
+"""Chunks are this many times larger where the engine wants thousands of requests at once (vLLM), and where a change of
+member loads a model."""
 
 
 @dataclass(frozen=True)
 class PreparedTask:
     """A task ready to draw. too_long: ids of problems whose prompt leaves no room, which are never drawn. left_out:
-    problems over budget.problems."""
+    problems over budget.problems. prompts: fingerprint of the builder."""
 
     name: str
     problems: tuple[Problem, ...]
@@ -48,6 +49,7 @@ class PreparedTask:
     builder: PromptBuilder
     judge: Judge
     settings: EvalConfig
+    prompts: str
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def _prepare(config: SuiteConfig, name: str, members: Members, context: int | No
     return PreparedTask(
         name, tuple(kept), too_long, len(problems) - len(kept), builder,
         make_judge(resolve_verifier(entry.verifier, spec), builder), settings,
+        builder.fingerprint(),
     )  # fmt: skip
 
 
@@ -131,13 +134,13 @@ class _Limit:
         self.tokens, self.seconds, self.started = tokens, seconds, time.perf_counter()
 
     def problems(self, most: int, spent: int, worst: int) -> tuple[int, str | None]:
-        """How many of the next `most` problems may be begun, each `worst` tokens at most, and what kept the others."""
+        """How many of the next `most` problems may be begun, each `worst` tokens at most; if none, why."""
         if self.seconds is not None and time.perf_counter() - self.started >= self.seconds:
             return 0, "seconds"
         if self.tokens is None:
             return most, None
-        room = max(0, self.tokens - spent) // worst
-        return (most, None) if room >= most else (room, "tokens")
+        room = min(most, max(0, self.tokens - spent) // worst)
+        return room, None if room else "tokens"
 
 
 def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Limit, progress: bool) -> Filled:
@@ -147,7 +150,8 @@ def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Lim
     skipped = set(task.too_long)
     todo = [p for p in task.problems if p.id not in skipped]
     settings, samples = task.settings, task.settings.traces * task.settings.answers
-    size = max(1, SAMPLES_PER_CHUNK * (1 if members.resident else SWITCHING) // samples)
+    large = not members.resident or config.engine.get("kind") == "vllm"
+    size = max(1, SAMPLES_PER_CHUNK * (LARGE if large else 1) // samples)
     worst = len(members) * settings.traces
     worst *= settings.max_trace_tokens + settings.answers * settings.max_answer_tokens
     records: list[SampleRecord] = []
@@ -161,14 +165,13 @@ def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Lim
             chunk = todo[done : done + count]
             label = f"{task.name} {done + count}/{len(todo)}" if progress else None
             for member in members if chunk else ():
-                drawn, was_new = _chunk(store, known, members, member, task, chunk, label)
-                records += drawn
-                spent += tokens_of(drawn)
-                if was_new:
-                    new += len(drawn)
-                    tokens_new += tokens_of(drawn)
+                found, appended, drawn = _chunk(store, known, members, member, task, chunk, label)
+                check_references(found, chunk)
+                records += found
+                spent, new, tokens_new = spent + tokens_of(found), new + appended, tokens_new + drawn
             done += count
-    asked = [p.id for p in task.problems if p.id in skipped or p.id in {q.id for q in todo[:done]}]
+    begun = skipped | {p.id for p in todo[:done]}
+    asked = [p.id for p in task.problems if p.id in begun]
     place = {problem: i for i, problem in enumerate(asked)}
     records.sort(key=lambda r: (place[r.problem_id], -1 if r.member is None else r.member, r.k, r.m))
     out, reasons = len(todo) - done, [f"budget.{why}"] if why else []
@@ -183,22 +186,20 @@ def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Lim
 def _chunk(
     store: SampleStore, known: dict[str, SampleRecord], members: Members, member: Member, task: PreparedTask,
     chunk: Sequence[Problem], label: str | None,
-) -> tuple[list[SampleRecord], bool]:  # fmt: skip
-    """The records of one member on one chunk, and whether any had to be drawn. A chunk of which anything is missing is
-    drawn whole (see sampling.chunks); what the store had stays as it was."""
+) -> tuple[list[SampleRecord], int, int]:  # fmt: skip
+    """The records of one member on one chunk, how many of them are new in the store, and how many tokens were drawn.
+    A chunk of which anything is missing is drawn whole (see sampling.chunks); what the store had stays as it was."""
     settings = replace(task.settings, adapter=member.adapter)
     with members.serve(member) as engine:
-        source = provenance_of(engine, task.builder, settings, member.weights, member.index)
+        source = provenance_of(engine, task.prompts, settings, member.weights, member.index)
         if all(is_stored(store, task.builder, p, settings, source) for p in chunk):
             keys = (key for p in chunk for key in record_keys(task.builder, p, settings, source).values())
-            found = [known[key] for key in keys if key in known]
-            check_references(found, chunk)
-            return found, False
+            return [known[key] for key in keys if key in known], 0, 0
         if label and member.index is not None and len(members) > 1:
             label = f"{label}, member {member.index + 1}/{len(members)}"
         drawn = draw(engine, task.builder, chunk, task.judge, settings, source, label)
-    store.append(drawn)
-    return [known.setdefault(record.key, record) for record in drawn], True
+    appended = store.append(drawn)
+    return [known.setdefault(record.key, record) for record in drawn], appended, tokens_of(drawn)
 
 
 def check_references(records: Sequence[SampleRecord], problems: Sequence[Problem]) -> None:

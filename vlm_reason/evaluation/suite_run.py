@@ -64,7 +64,9 @@ def run_suite(
     drawn_at = time.perf_counter()
     measured = {f.task.name: _measure(config, members, f, progress) for f in filled}
     measured_at = time.perf_counter()
-    audited = _audit(members, filled, tolerance or TOLERANCE.get(config.dtype, 0.5)) if audit else None
+    if tolerance is None:
+        tolerance = TOLERANCE.get(config.dtype, TOLERANCE["bfloat16"])
+    audited = _audit(members, filled, tolerance) if audit else None
     rows = {task: m.rows for task, m in measured.items()}
     outcomes = [outcome for requirement in requirements for outcome in requirement.judge(rows)]
     result = {
@@ -129,7 +131,7 @@ def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
         "too_long": list(filled.task.too_long),
         "verifier_failures": measured.verifier_failures,
         "data": hash_problems([p for p in filled.task.problems if p.id in set(filled.asked)]),
-        "prompts": filled.task.builder.fingerprint(),
+        "prompts": filled.task.prompts,
         "store": str(filled.store),
         "new": filled.new,
         "tokens": filled.tokens,
