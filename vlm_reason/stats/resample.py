@@ -34,7 +34,8 @@ class Cells:
 
 def cells(x: Array, y: Array, most: int = CELLS) -> Cells:
     """The distinct pairs of x and y; if there are more than `most`, x is cut into groups of equal mass that
-    keep ties together, y too where it has many values, and a cell stands for the mean of its group."""
+    keep ties together, y too where it has many values, about most / 2 cells in all, and a cell stands for the
+    mean of its group."""
     x_values, x_code, x_count = _codes(x)
     y_values, y_code, y_count = _codes(y)
     if len(x_values) <= most:
@@ -43,7 +44,7 @@ def cells(x: Array, y: Array, most: int = CELLS) -> Cells:
             return Cells(x_values[key // len(y_values)], y_values[key % len(y_values)], count)
     if len(y_values) > _LEVELS:
         y_values, y_code = _coarser(y_values, y_code, y_count, _LEVELS)
-    x_values, x_code = _coarser(x_values, x_code, x_count, max(1, most // len(y_values)))
+    x_values, x_code = _coarser(x_values, x_code, x_count, max(1, most // 2 // len(y_values)))
     dense = np.bincount(x_code * len(y_values) + y_code, minlength=len(x_values) * len(y_values))
     key = np.flatnonzero(dense)
     return Cells(x_values[key // len(y_values)], y_values[key % len(y_values)], dense[key])

@@ -131,7 +131,8 @@ def conformal_answers(
 ) -> ConformalResult:
     """Sets of sampled answers: an answer scores 1 - its share of the item's samples (unread samples stay in the
     denominator and are never candidates). A gold answer that was not sampled scores +inf, so coverage above pass@S
-    cannot be had: the flag `unreachable` says that alpha asks for it, and then the sets are all answers sampled."""
+    cannot be had: the flag `unreachable` says that alpha asks for it, and then the sets are all answers sampled, most
+    votes first."""
     own = _gold_scores(answers, gold)
     threshold = conformal_quantile(own, alpha)
     samples = sampled(test_answers)
@@ -141,7 +142,8 @@ def conformal_answers(
     covered = _gold_scores(test_answers, test_gold) <= min(threshold + 1e-12, 1.0)
     small = len(own) + 1 - _below(len(own), alpha) > len(own)
     flags = () if math.isfinite(threshold) else ("calibration too small",) if small else ("unreachable",)
-    members = [samples.names[c] for c in found.code[inside].tolist()]
+    order = np.lexsort((found.first, -found.count, found.item))
+    members = [samples.names[c] for c in found.code[order][inside[order]].tolist()]
     return _result(alpha, "1 - vote share", len(own), threshold, covered, sizes, members, flags)
 
 
