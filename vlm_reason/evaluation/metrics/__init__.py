@@ -1,4 +1,9 @@
-"""Metrics of answers and of their uncertainty: plain functions on arrays, each returning an Estimate."""
+"""Metrics of answers and of their uncertainty: plain functions on arrays, each returning an Estimate.
+
+Not a number in is an error (`on_invalid="drop"`: a counted drop), nothing in is NaN with the flag `empty`, and no
+value depends on the order of the rows, but for `vote_fraction`, where the first of tied answers wins. docs/metrics.md
+is the table of them all.
+"""
 
 from .accuracy import accuracy
 from .answer_disagreement import (
@@ -20,6 +25,7 @@ from .classwise import classwise_ece, tace
 from .comparison import Comparison, compare, compare_tasks
 from .conformal import ConformalResult, conformal, conformal_answers, conformal_quantile, coverage_band
 from .detection import RocCurve, aupr, auroc, fpr_at_95, roc_curve
+from .direction import DIRECTION, Direction
 from .disagreement import Disagreement, bald_batch, disagreement, mutual_information
 from .entropy import (
     entailment_clusters,
@@ -44,11 +50,13 @@ from .selective import (
 from .votes import Votes, maj_at_k, maj_at_k_judged, vote_fraction
 
 __all__ = [
+    "DIRECTION",
     "AnswerDisagreement",
     "AnswerInformation",
     "CalibrationEstimate",
     "Comparison",
     "ConformalResult",
+    "Direction",
     "Disagreement",
     "NullBand",
     "ReliabilityDiagram",
