@@ -290,6 +290,26 @@ def test_several_filters_or_metrics_want_a_choice(tmp_path: Path) -> None:
         take(jsonl(tmp_path / "y.jsonl", [text_line(0, ["1"], "1", "1", bleu=0.5, f1=1.0)]), tmp_path / "u")
 
 
+def test_a_line_of_an_old_version(tmp_path: Path) -> None:
+    """Arguments as lists, no list of metrics, no filter, no hash of the document."""
+    line = text_line(4, ["so 18"], "18", "18", exact_match=1.0)
+    line = {k: v for k, v in line.items() if k not in ("metrics", "filter", "doc_hash")}
+    line["arguments"] = [["Q", {"until": ["."]}]]
+    take(jsonl(tmp_path / "model_gsm8k.jsonl", [line]), tmp_path / "s")
+    (record,) = records(tmp_path / "s")
+    assert (record.problem_id, record.correct, record.temperature) == ("model_gsm8k/4", True, 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, 2.0, -1])
+def test_a_metric_that_is_no_verdict(tmp_path: Path, value: float) -> None:
+    for line in (
+        text_line(0, ["1"], "1", "1", exact_match=value),
+        choice_line(0, [-1.0, -2.0], "0", acc=value),
+    ):
+        with pytest.raises(UserError, match=r"no verdict in \[0, 1\]"):
+            take(jsonl(tmp_path / NAME, [line]), tmp_path / "s")
+
+
 def test_a_rolling_likelihood_is_no_answer(tmp_path: Path) -> None:
     line = {"doc_id": 0, "target": "", "arguments": {"gen_args_0": {"arg_0": "text"}}, "resps": [["-3.5"]]}
     with pytest.raises(UserError, match="the log-likelihood of a whole text is no answer"):

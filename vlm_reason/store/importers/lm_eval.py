@@ -103,7 +103,7 @@ def _choice(
     if len(logps) == 1:
         return [_continuation(line, texts[0], str(pairs[0][1]) == "True")], {}
     best = max(range(len(logps)), key=logps.__getitem__)
-    verdict = bool(float(line["acc"])) if "acc" in line else None
+    verdict = _verdict("acc", line["acc"]) >= 1.0 if "acc" in line else None
     gold = _gold(line["target"], texts, verdict, best)
     if not gold and verdict is None:
         raise BadSample(
@@ -121,7 +121,7 @@ def _choice(
 
 def _continuation(line: Mapping[str, Any], text: str, greedy: bool) -> Answer:
     """One scored continuation: right where it is what the model would have written."""
-    correct = bool(float(line["acc"])) if "acc" in line else greedy
+    correct = _verdict("acc", line["acc"]) >= 1.0 if "acc" in line else greedy
     return Answer("", text.strip() if greedy else "", text.strip() if greedy else "something else", correct)
 
 
@@ -184,15 +184,20 @@ def _canonical(answer: str, source: Source) -> str | None:
 
 def _metric(line: Mapping[str, Any], source: Source) -> float:
     """The file's verdict on its one text, in [0, 1]."""
-    there = [name for name in line.get("metrics", ()) if isinstance(line.get(name), (bool, int, float))]
+    listed = line.get("metrics") or [
+        name for name in METRICS if name in line
+    ]  # old versions did not list them
+    there = [name for name in listed if isinstance(line.get(name), (bool, int, float))]
     if source.metric is not None and source.metric not in there:
         raise BadSample(f"no metric {source.metric!r}{nearest(source.metric, there)}")
-    named = source.metric or next(
-        (name for name in METRICS if name in there), there[0] if len(there) == 1 else None
-    )
+    only = there[0] if len(there) == 1 else None
+    named = source.metric or next((name for name in METRICS if name in there), only)
     if named is None:
-        raise BadSample(f"several metrics ({', '.join(there)}); choose the verdict with --metric")
-    value = float(line[named])
-    if not 0 <= value <= 1:
-        raise BadSample(f"metric {named} is {value}, no verdict in [0, 1]; choose another with --metric")
-    return value
+        raise BadSample(f"several metrics or none ({', '.join(there)}); choose the verdict with --metric")
+    return _verdict(named, line[named])
+
+
+def _verdict(name: str, value: Any) -> float:
+    if not 0 <= float(value) <= 1:  # not true of NaN either
+        raise BadSample(f"metric {name} is {value}, no verdict in [0, 1]; choose another with --metric")
+    return float(value)
