@@ -144,6 +144,12 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.requests.append(data["request"]["url"])
 
+    def close(self) -> None:
+        self.call("Page.disable")
+        target = self.call("Target.getTargetInfo")["targetInfo"]["targetId"]
+        self._browser.call("Target.closeTarget", targetId=target)
+        self._browser.pages.pop(self._session, None)
+
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
         reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -152,7 +158,7 @@ class Page:
 
     def wait(self, expression: str, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
-        while not self.run(expression):
+        while not self.run(f"!!({expression})"):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.02)
 

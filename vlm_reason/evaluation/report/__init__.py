@@ -6,9 +6,9 @@
 `system` reads stores, `rows`, `curves` and `rationales` compute, `page` and `plots` draw; none needs a model.
 """
 
-from .build import Built, ReportConfig, build
+from .building import Built, ReportConfig, build
 from .figures import Report
 from .page import html
-from .write import Written, write
+from .writing import Written, write
 
 __all__ = ["Built", "Report", "ReportConfig", "Written", "build", "html", "write"]

@@ -30,17 +30,16 @@ NO_CONFIDENCE = (
 
 
 def reliability(p: Problems, system: int) -> Figure:
-    """Accuracy against vote share in 15 equal bins, with Wilson intervals and the band that true confidences
+    """Accuracy against confidence in 15 equal bins, with Wilson intervals and the band that true confidences
     would give."""
     title = "Reliability"
-    if p.most < 2:
-        return _missing(
-            "reliability", title, "One sample a problem has no vote share: draw two or more.", system
-        )
+    if not p.sure:
+        return _missing("reliability", title, NO_CONFIDENCE, system)
     d = metrics.reliability_diagram(p.confidence, p.right)
     error = p.summary["ece"]
-    assert isinstance(error, metrics.CalibrationEstimate)
+    assert isinstance(error, metrics.CalibrationEstimate) and p.summary.decision is not None
     data = {
+        "of": p.summary.decision.kind,
         "edges": d.edges, "n": d.n, "confidence": d.conf, "accuracy": d.acc, "low": d.acc_low, "high": d.acc_high,
         "null_low": d.null_low, "null_high": d.null_high, "ece": error,
     }  # fmt: skip
@@ -58,11 +57,9 @@ def calibration_sentence(error: metrics.CalibrationEstimate) -> str:
 def risk_coverage(systems: Sequence[tuple[int, Problems]], target: float) -> Figure:
     """Risk of answering only the surest share, for every system."""
     title = "Risk and coverage"
-    kept = [(i, p) for i, p in systems if p.most >= 2]
+    kept = [(i, p) for i, p in systems if p.sure]
     if not kept:
-        return _missing(
-            "risk_coverage", title, "One sample a problem gives no order of certainty: draw two or more."
-        )
+        return _missing("risk_coverage", title, NO_CONFIDENCE)
     curves = [_risk_curve(i, p, target) for i, p in kept]
     return Figure(
         "risk_coverage", title, _risk_sentence(curves[0], target), {"target": target, "systems": curves}
@@ -250,7 +247,7 @@ def conformal(p: Problems, system: int) -> Figure:
     never = float(1 - p.sampled.mean())
     folds = _halves(len(p))
     results = [[_sets(p, calibration, test, alpha) for calibration, test in folds] for alpha in ALPHAS]
-    data = {
+    data: dict[str, Any] = {
         "alpha": ALPHAS,
         "size": [_mean_of([r.size for r in pair]) for pair in results],
         "coverage": [_mean_of([r.coverage for r in pair]) for pair in results],
@@ -289,12 +286,16 @@ def _mean_of(parts: Sequence[Estimate]) -> float:
 
 
 def _set_sentence(data: dict[str, Any], never: float) -> str:
-    at = ALPHAS.index(0.1)
-    limit = f"The right answer was never sampled on {never:.0%} of the problems: no set can promise more."
-    if not data["bound"][at]:
+    limit = f"The right answer was never sampled on {never:.0%} of the problems: "
+    limit += f"no set can keep a promise above {1 - never:.0%}."
+    kept = [i for i, bound in enumerate(data["bound"]) if bound and ALPHAS[i] >= 0.1]
+    if not kept:
         return limit
-    size, coverage = data["size"][at], data["coverage"][at]
-    return f"Sets that promise 90% hold {size:.2f} answers on average and cover {coverage:.0%}. {limit}"
+    alpha, size, coverage = ALPHAS[kept[0]], data["size"][kept[0]], data["coverage"][kept[0]]
+    promise = (
+        f"Sets that promise {1 - alpha:.0%} hold {size:.2f} answers on average and cover {coverage:.0%}."
+    )
+    return f"{promise} {limit}" if never > 0 else promise
 
 
 def _thin(n: int) -> NDArray[np.int64]:

@@ -69,14 +69,21 @@ def of_comparison(systems: Sequence[str], task: str, problems: Mapping[int, Prob
     if 0 not in problems:
         yield _caution(task, f"{systems[0]} has no samples of this task, so nothing is compared.")
         return
-    first = set(problems[0].ids)
+    first = problems[0]
     for i, other in problems.items():
-        ids = set(other.ids)
-        if ids != first:
+        ids, theirs = set(first.ids), set(other.ids)
+        if ids != theirs:
             yield _caution(
                 task,
-                f"{systems[i]} has other problems than {systems[0]} ({len(first - ids)} only in the first, "
-                f"{len(ids - first)} only in the second), so they are not compared.",
+                f"{systems[i]} has other problems than {systems[0]} ({len(ids - theirs)} only in the first, "
+                f"{len(theirs - ids)} only in the second), so they are not compared.",
+            )
+        elif first.asked != other.asked:
+            one = next(name for name in first.ids if first.asked[name] != other.asked[name])
+            yield _caution(
+                task,
+                f"{one} asks another question, or has another answer, in {systems[i]} than in {systems[0]}, so they "
+                "are not compared.",
             )
 
 

@@ -76,7 +76,7 @@ def _wanted(metric: Metric, p: Problems, k: int) -> bool:
 def _row(metric: Metric, system: int, p: Problems, first: Problems | None, k: int) -> Row:
     name = metric.key.format(k=k)
     difference = None
-    if system and first is not None and name in first.summary.estimates and set(first.ids) == set(p.ids):
+    if system and first is not None and name in first.summary.estimates and first.same_problems(p):
         difference = _difference(metric, p, first, k)
     label = metric.label.format(k=k)
     if metric.key == "best_of@{k}":

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...store import Columns, SampleStore
+from ..comparing import problem_hash
 from ..items import Array, Bool, Items
 from ..summary import Summary, summary
 
@@ -102,6 +103,18 @@ class Problems:
     def sampled(self) -> Bool:
         """[n] was any draw right?"""
         return self.items.hits > 0
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """Problem -> hash of its question and reference answer."""
+        starts = self.items.start[:-1].tolist()
+        records = (self.columns.record(row) for row in starts)
+        return {
+            name: problem_hash(r.question, r.reference) for name, r in zip(self.ids, records, strict=True)
+        }
+
+    def same_problems(self, other: Problems) -> bool:
+        return set(self.ids) == set(other.ids) and self.asked == other.asked
 
     def by_member(self) -> list[list[list[int]]]:
         """answers[problem][member]: codes, in the order of `members`."""
@@ -248,12 +261,6 @@ def _label(folder: str) -> str:
 def data_hash(system: System) -> str:
     """12 hex digits of what was asked: ids, questions and reference answers, in order of id."""
     digest = hashlib.blake2b(digest_size=6)
-    pairs = [
-        (name, p.columns, int(row))
-        for p in system.tasks.values()
-        for name, row in zip(p.ids, p.items.start, strict=False)
-    ]
-    for name, columns, row in sorted(pairs, key=lambda pair: pair[0]):
-        record = columns.record(row)
-        digest.update("\0".join((name, record.question, record.reference, "")).encode("utf-8", "replace"))
+    for name, asked in sorted(pair for p in system.tasks.values() for pair in p.asked.items()):
+        digest.update(f"{name}\0{asked}\0".encode("utf-8", "replace"))
     return digest.hexdigest()

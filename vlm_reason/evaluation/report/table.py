@@ -89,7 +89,7 @@ def _scale(rows: Sequence[Row]) -> Scale:
     """0 to 1 where all is inside; else the smallest range that holds everything, and 0."""
     known = [v for row in rows for v in _ends(row) if math.isfinite(v)]
     low, high = min([0.0, *known]), max([0.0, *known])
-    if low >= 0 and high <= 1 and rows[0].digits >= 3:
+    if low > -0.05 and high <= 1 and rows[0].digits >= 3:
         return Scale(0, 1)
     return Scale(low, high if high > low else low + 1)
 
@@ -121,6 +121,7 @@ def _style(d: Difference, direction: int) -> str:
 def value_text(value: float, digits: int, sign: bool = False) -> str:
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
+    value = round(value, digits) + 0.0  # no minus before a zero
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return text.replace("-", MINUS)
 

@@ -41,19 +41,12 @@ def _shown(match: re.Match[str]) -> str:
 
 def embedded_json(value: Any) -> str:
     """JSON that can stand inside <script type="application/json">: no `<`, `>` or `&` of the text is left, so no tag
-    can end the element and no entity can begin. The value must be plain already (no NaN)."""
+    can end the element and no entity can begin, and no invisible character. It reads back to the same value, but for
+    half surrogate pairs. The value must be plain already (no NaN)."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = (
-        "".join(c if not 0xD800 <= ord(c) <= 0xDFFF else "\ufffd" for c in text)
-        if _has_surrogate(text)
-        else text
-    )
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return _UNSAFE.sub(_escaped, text).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return "\\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"

@@ -51,7 +51,7 @@ def _draw(name: str, data: Mapping[str, Any], x_title: str, title: str) -> str:
         plots.append(plot)
         said.append(text)
     if "null_mean" in data and data["null_mean"] is not None and math.isfinite(data["null_mean"]):
-        plots[0].upright(data["null_mean"], "neutral thin dots")
+        plots[0].upright(data["null_mean"], "neutral thin dots", "by chance")
     return picture(name, title, f"Share of the problems in each bin. {'; '.join(said)}.", plots)
 
 

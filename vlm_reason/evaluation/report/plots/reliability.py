@@ -9,6 +9,11 @@ from typing import Any
 from ..svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Plot, Scale, nice_top, picture
 
 SPLIT = 208.0
+WHAT = {
+    "votes": "share of the votes",
+    "choices": "probability of the option",
+    "likelihood": "mean token probability of the answer",
+}
 
 
 def draw(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
@@ -17,7 +22,7 @@ def draw(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
     above = Plot(unit, unit, "", "accuracy", (), ticks, (LEFT, TOP, WIDTH - RIGHT, SPLIT))
     most = nice_top(float(max(data["n"], default=1)))
     below = Plot(
-        unit, Scale(0, most), "confidence (share of the votes)", "problems", ticks, [0, most],
+        unit, Scale(0, most), f"confidence ({WHAT[data['of']]})", "problems", ticks, [0, most],
         (LEFT, SPLIT + 14, WIDTH - RIGHT, HEIGHT - BOTTOM),
     )  # fmt: skip
     used = [i for i, n in enumerate(data["n"]) if n]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...atomic import write_atomically
 from ...errors import UserError
-from .build import Built
+from .building import Built
 from .page import html
 from .rationales import line
 
