@@ -221,10 +221,9 @@ def test_a_budget_of_problems_and_one_too_small_for_any(suite: Suite, tmp_path: 
     none = run_suite(suite(budget={"tokens": 5}, output_dir=str(tmp_path / "none")))
     row = rows(none, "low")["accuracy"]
     assert row["value"] is None and "empty" in row["flags"] and none["tasks"]["low"]["left_out"] == 6
-    kept = run_suite(
-        suite(budget={"tokens": 5}, output_dir=str(tmp_path / "none")), [Requirement.parse("accuracy>=0")]
-    )
-    assert [r["kept"] for r in kept["requirements"]] == [False, False]  # NaN keeps no bound
+    bounds = [Requirement.parse(text) for text in ("accuracy>=0", "answer_accuracy>=0", "pass@4>=0")]
+    kept = run_suite(suite(budget={"tokens": 5}, output_dir=str(tmp_path / "none")), bounds)
+    assert [r["kept"] for r in kept["requirements"]] == [False] * 6  # NaN keeps no bound
     late = run_suite(suite(budget={"seconds": 1e-9}, output_dir=str(tmp_path / "late")))
     assert late["tasks"]["high"]["left_out_why"] == "budget.seconds"
     for bad in ({"tokens": 0}, {"seconds": -1}, {"problems": 0}):

@@ -17,6 +17,7 @@ from typing import Any
 from ..atomic import write_atomically
 from ..config import save_resolved, to_dict
 from ..ranking import Candidates
+from ..stats import empty
 from ..store import SampleRecord
 from .audit import ITEMS, TOLERANCE, Audit, audit_of, choose, differences
 from .beliefs import Belief, beliefs, needs_model, score_member
@@ -46,11 +47,9 @@ def run_suite(
     anything wrong with the config, a requirement that names nothing, or a prompt that does not fit, before a sample is
     drawn.
     """
-    started = time.perf_counter()
-    names = {
-        task: row_names(s.traces, s.answers, max(1, len(members or config.members)))
-        for task, s in ((task, config.sampling_of(task)) for task in config.tasks)
-    }
+    clock = [time.perf_counter()]
+    count = max(1, len(members or config.members))
+    names = {task: _names(config, task, count) for task in config.tasks}
     for requirement in requirements:
         requirement.check_names(names)
     if members is None:
@@ -61,42 +60,51 @@ def run_suite(
     output = Path(config.output_dir)
     save_resolved(config, output)
     filled = fill(config, members, tasks, progress)
-    drawn_at = time.perf_counter()
+    clock.append(time.perf_counter())
     measured = {f.task.name: _measure(config, members, f, progress) for f in filled}
-    measured_at = time.perf_counter()
+    clock.append(time.perf_counter())
+    rows = {
+        task: {name: m.rows.get(name, empty("nothing drawn")) for name in names[task]}
+        for task, m in measured.items()
+    }
     if tolerance is None:
         tolerance = TOLERANCE.get(config.dtype, TOLERANCE["bfloat16"])
-    audited = _audit(members, filled, tolerance) if audit else None
-    rows = {task: m.rows for task, m in measured.items()}
-    outcomes = [outcome for requirement in requirements for outcome in requirement.judge(rows)]
+    audited = _audit(members, filled, tolerance).to_json() if audit else None
     result = {
         **header(config.suite, to_dict(config)),
-        "model": {
-            "name": config.model,
-            "weights": members.base,
-            "members": [{"index": m.index, "name": m.name, "weights": m.weights} for m in members],
-            "engine": sampler,
-        },
+        "model": {**_models(config, members), "engine": sampler},
         "tasks": {f.task.name: _task_report(f, measured[f.task.name]) for f in filled},
-        "rows": [
-            row(task, metric, value) for task, m in measured.items() for metric, value in m.rows.items()
-        ],
-        "cost": {
-            "tokens": sum(f.tokens for f in filled),
-            "tokens_drawn_now": sum(f.tokens_new for f in filled),
-            "seconds": time.perf_counter() - started,
-            "seconds_drawing": sum(f.seconds for f in filled),
-            "seconds_ranking": measured_at - drawn_at,
-        },
-        "requirements": [outcome.to_json() for outcome in outcomes],
-        "audit": None if audited is None else audited.to_json(),
+        "rows": [row(task, name, value) for task, own in rows.items() for name, value in own.items()],
+        "cost": _cost(filled, clock),
+        "requirements": [o.to_json() for requirement in requirements for o in requirement.judge(rows)],
+        "audit": audited,
         "items": {f.task.name: _items(f, measured[f.task.name]) for f in filled},
     }
     result = _plain(result)
-    write_atomically(
-        output / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(output / RESULT, text + "\n")
     return {"file": str(output / RESULT), **result}
+
+
+def _names(config: SuiteConfig, task: str, members: int) -> tuple[str, ...]:
+    settings = config.sampling_of(task)
+    return row_names(settings.traces, settings.answers, members)
+
+
+def _models(config: SuiteConfig, members: Members) -> dict[str, Any]:
+    listed = [{"index": m.index, "name": m.name, "weights": m.weights} for m in members]
+    return {"name": config.model, "weights": members.base, "members": listed}
+
+
+def _cost(filled: Sequence[Filled], clock: Sequence[float]) -> dict[str, float]:
+    """clock: when the run started, had drawn, had measured."""
+    return {
+        "tokens": sum(f.tokens for f in filled),
+        "tokens_drawn_now": sum(f.tokens_new for f in filled),
+        "seconds": time.perf_counter() - clock[0],
+        "seconds_drawing": sum(f.seconds for f in filled),
+        "seconds_ranking": clock[2] - clock[1],
+    }
 
 
 def _measure(config: SuiteConfig, members: Members, filled: Filled, progress: bool) -> Measured:
@@ -113,8 +121,8 @@ def _measure(config: SuiteConfig, members: Members, filled: Filled, progress: bo
                 with members.serve(member) as engine:
                     scored |= score_member(engine, task.builder.cue_ids, own, member.adapter, label)
         believed = beliefs(records, config.rank, scored)
-    long = [i for i in filled.asked if i in set(task.too_long)]
-    return measure(records, believed, long, len(members))
+    begun = set(filled.asked)
+    return measure(records, believed, [i for i in task.too_long if i in begun], len(members))
 
 
 def _items(filled: Filled, measured: Measured) -> dict[str, Any]:
@@ -123,6 +131,7 @@ def _items(filled: Filled, measured: Measured) -> dict[str, Any]:
 
 
 def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
+    begun = set(filled.asked)
     return {
         "problems": len(measured.items),
         "samples": len(filled.records),
@@ -130,7 +139,7 @@ def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
         "left_out_why": filled.why,
         "too_long": list(filled.task.too_long),
         "verifier_failures": measured.verifier_failures,
-        "data": hash_problems([p for p in filled.task.problems if p.id in set(filled.asked)]),
+        "data": hash_problems([p for p in filled.task.problems if p.id in begun]),
         "prompts": filled.task.prompts,
         "store": str(filled.store),
         "new": filled.new,
