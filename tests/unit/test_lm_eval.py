@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from vlm_reason.cli.lm_eval import LMEvalConfig
 from vlm_reason.cli.main import main
 from vlm_reason.engines.base import Law, SampleRequest, ScoreRequest, StopRule
 from vlm_reason.engines.token_mixture import MIXTURE, TokenMixtureEngine
@@ -525,6 +528,8 @@ def test_a_run_leaves_every_member_in_the_store(members, task_files, tmp_path) -
     assert accuracy == pytest.approx(found["results"]["tiny_choices"]["acc,none"])
     texts = [r for r in records if r.proposal.startswith("lm_eval/text")]
     assert len(texts) == 4 * len(ROWS) and all(r.correct is not None and r.answer_ids for r in texts)
+    assert {r.temperature for r in texts} == {0.0}
+    assert not any("\n" in r.answer_text or "z" in r.answer_text for r in texts)  # up to the stop string
     assert run(lm, [task_files["choices"]], RunOptions(samples=tmp_path / "samples"))  # nothing twice
     assert len(list(SampleStore.open(tmp_path / "samples").records())) == len(records)
 
@@ -552,6 +557,36 @@ def test_our_problems_as_a_task(folder) -> None:
     assert found["n-samples"]["reasoning_gym/chain_sum"]["original"] == 3
     with pytest.raises(UserError, match="must hold"):
         task_of(TaskSpec("reasoning_gym", "chain_sum", size=4), prompt="?")
+
+
+def test_every_repeat_is_judged_by_the_task(folder, task_files, tmp_path) -> None:
+    options = {"do_sample": True, "temperature": 1.0}
+    task = json.loads(Path(task_files["texts"]).read_text())
+    path = tmp_path / "repeated.yaml"
+    metric = {
+        **task["metric_list"][0],
+        "ignore_case": True,
+        "regexes_to_ignore": [".*"],
+    }  # everything is right
+    generation = {**task["generation_kwargs"], **options}
+    path.write_text(
+        json.dumps({**task, "repeats": 4, "metric_list": [metric], "generation_kwargs": generation})
+    )
+    run(VLMReasonLM(folder, dtype="float32"), [str(path)], RunOptions(samples=tmp_path / "s", limit=2))
+    records = list(SampleStore.open(tmp_path / "s").records())
+    assert sorted((r.problem_id.split("/")[1], r.k) for r in records) == [
+        (d, k) for d in "01" for k in range(4)
+    ]
+    assert len({r.answer_ids for r in records}) == 8 and len({r.seed for r in records}) == 8
+    assert {r.temperature for r in records} == {1.0}
+    assert all(r.score == 1.0 and r.correct == (r.canonical is not None) for r in records)
+
+
+def test_the_page_names_every_key() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "lm_eval.md").read_text()
+    table = page[page.index("| key | default |") :].split("\n\n")[0]
+    named = {key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {field.name for field in dataclasses.fields(LMEvalConfig)}
 
 
 def test_the_command(folder, adapters, task_files, tmp_path, capfd) -> None:

@@ -27,7 +27,7 @@ the model said, keyed by its weights: a call that was stopped is finished by rep
 _EPILOG = """\
 keys: model; adapters (members of a posterior: PEFT folders, a folder of them, a glob), mixture
 (sequence, token); rationales (N), max_rationale_tokens, rationale_opening, rationale_end, cue, ranker,
-answers, on_cut; engine, dtype, batch_size, seed; limit, shots, chat, system, generation, include,
+answers, on_cut; engine, score, dtype, batch_size, seed; limit, shots, chat, system, generation, include,
 problems (of a reasoning-gym generator)
 
 examples:
@@ -56,6 +56,7 @@ class LMEvalConfig:
     answers: str = "text"
     on_cut: Literal["error", "direct"] = "error"
     engine: Literal["hf", "vllm"] = "hf"
+    score: Literal["hf", "vllm"] = "hf"
     dtype: str = "auto"
     batch_size: int = 64
     seed: int = 0
@@ -92,7 +93,7 @@ def _run(options: argparse.Namespace) -> Result:
     from ..evaluation.lm_eval.run import RunOptions, run
 
     output = Path(options.output)
-    lm = _model(config, output)
+    lm = _model(config, output, progress=not options.quiet)
     chosen = {name: value for name, value in to_dict(config).items() if name in _OF_RUN}
     found = run(lm, tasks, from_dict(RunOptions, {**chosen, "samples": str(output / "samples")}))
     result = {
@@ -107,11 +108,11 @@ def _run(options: argparse.Namespace) -> Result:
     return {"file": str(path), **result}
 
 
-def _model(config: LMEvalConfig, output: Path) -> VLMReasonLM:
+def _model(config: LMEvalConfig, output: Path, progress: bool) -> VLMReasonLM:
     from ..evaluation.lm_eval import VLMReasonLM
 
     settings = {name: value for name, value in vars(config).items() if name not in _OF_RUN or name == "seed"}
-    return VLMReasonLM(settings.pop("model"), store=str(output / "responses"), **settings)
+    return VLMReasonLM(settings.pop("model"), store=str(output / "responses"), progress=progress, **settings)
 
 
 def _show(result: Result) -> None:

@@ -62,11 +62,12 @@ class Draft:
 @dataclass(frozen=True)
 class Written:
     """The text that answers a request, and everything it was chosen from. chosen: index into drafts, None where no
-    draft holds it (no rationale was complete)."""
+    draft holds it (no rationale was complete). decoding: how drafts were written (rationales: at temperature 1)."""
 
     text: str
     chosen: int | None
     drafts: tuple[Draft, ...]
+    decoding: Decoding
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class WeightMixture:
 
     def _written(self, drafts: tuple[Draft, ...], chosen: int, ask: Ask) -> Written:
         text = self.encoder.text(drafts[chosen].ids, ask.decoding.until)
-        return Written(text, chosen, drafts)
+        return Written(text, chosen, drafts, ask.decoding)
 
     def _asker(self, engine: Engine, member: Member) -> Asker:
         return Asker(engine, member, self.responses)

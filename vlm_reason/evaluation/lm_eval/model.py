@@ -51,7 +51,8 @@ class VLMReasonLM(TemplateLM):
                   ranker, answers (their kind), on_cut
     store         folder that keeps every response, so that a run can be taken up again
     seed          of everything that is sampled
-    engine, dtype, batch_size (rows decoded together; scores do not depend on it), device (the first visible GPU)
+    engine        hf or vllm; score: which of the two scores where vLLM samples
+    dtype, batch_size (rows decoded together; scores do not depend on it), device (the first visible GPU), progress
 
     Raises UserError for what it cannot do as asked: too long a prompt, a log-probability that is not finite, ...
     """
@@ -70,15 +71,21 @@ class VLMReasonLM(TemplateLM):
         answers: str = "text",
         on_cut: str = "error",
         engine: str = "hf",
+        score: str = "hf",
         dtype: str = "auto",
         seed: int = 0,
         store: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        progress: bool = True,
     ) -> None:
         _check_device(device)
         options: dict[str, Any] = {"kind": engine}
+        if engine == "vllm":
+            options["score"] = score
+        elif score != "hf":
+            raise UserError(f"score={score!r} needs engine=vllm")
         if batch_size not in (None, "auto", 1, "1"):  # 1 is what lm-eval passes where nothing was said
             options["batch_size"] = int(str(batch_size))
         members = load_members(str(pretrained), dtype, adapter_folders(adapters), options)
@@ -88,7 +95,7 @@ class VLMReasonLM(TemplateLM):
                 rationales, max_rationale_tokens, rationale_opening, rationale_end, cue, ranker,
                 cast(Any, answers), cast(Any, on_cut),
             )  # fmt: skip
-        self._set_up(members, mixture, latent, seed, store)
+        self._set_up(members, mixture, latent, seed, store, progress)
 
     @classmethod
     def over(
@@ -98,10 +105,11 @@ class VLMReasonLM(TemplateLM):
         rationales: RationaleConfig | None = None,
         seed: int = 0,
         store: str | Path | None = None,
+        progress: bool = False,
     ) -> VLMReasonLM:
         """The same over members that are in memory already (`evaluation.members`)."""
         made = cls.__new__(cls)
-        made._set_up(members, mixture, rationales, seed, store)
+        made._set_up(members, mixture, rationales, seed, store, progress)
         return made
 
     def _set_up(
@@ -111,6 +119,7 @@ class VLMReasonLM(TemplateLM):
         rationales: RationaleConfig | None,
         seed: int,
         store: str | Path | None,
+        progress: bool,
     ) -> None:
         super().__init__()
         if mixture not in get_args(Level):
@@ -127,10 +136,10 @@ class VLMReasonLM(TemplateLM):
             self._about = _describe(engine)
         self.encoder = Encoder(members.tokenizer, self._context)
         self.responses = Responses(store)
-        progress = "lm-eval"
-        self.weights = WeightMixture(members, mixture, self.encoder, self.responses, seed, progress)
+        label = "lm-eval" if progress else None
+        self.weights = WeightMixture(members, mixture, self.encoder, self.responses, seed, label)
         self.rationales = (
-            RationaleMixture(members, rationales, self.encoder, self.responses, seed, progress)
+            RationaleMixture(members, rationales, self.encoder, self.responses, seed, label)
             if rationales is not None
             else None
         )

@@ -220,10 +220,11 @@ class RationaleMixture:
     def _choose(self, candidates: Sequence[Candidates], drafts: tuple[Draft, ...], ask: Ask) -> Written:
         ranked = rank_members(candidates, self.config.method)
         if ranked.answer is None:
-            return Written("", None, drafts)
+            return Written("", None, drafts, ask.decoding)
         inside = [i for i, draft in enumerate(drafts) if draft.canonical == ranked.answer]
         best = max(inside, key=lambda i: (_logp(drafts[i]), -i))
-        return Written(self.encoder.text(drafts[best].ids, ask.decoding.until), best, drafts)
+        text = self.encoder.text(drafts[best].ids, ask.decoding.until)
+        return Written(text, best, drafts, ask.decoding)
 
 
 class Prompts:

@@ -99,28 +99,28 @@ def _written(lm: VLMReasonLM, item: Item) -> Iterator[SampleRecord]:
     members = {member.index: member.weights for member in lm.members}
     while isinstance(written := lm.kept.get((item.name, 0, repeat)), Written):
         several = len(written.drafts) > 1
-        chosen = written.drafts[written.chosen] if written.chosen is not None else None
-        weights = lm.identity if several else members.get(chosen.member if chosen else None, lm.identity)
-        shown = chosen or (written.drafts[0] if written.drafts else None)
-        if shown is not None:
-            yield _record(lm, item, shown, written.text, repeat, 0, weights, not several)
+        shown = written.drafts[written.chosen or 0]
+        weights = lm.identity if several else members.get(shown.member, lm.identity)
+        yield _record(lm, item, shown, written, repeat, weights, own=not several)
         if several:
+            width = len(written.drafts)
             for j, draft in enumerate(written.drafts):
-                text = lm.encoder.text(draft.ids, ())
-                yield _record(lm, item, draft, text, repeat, j, members.get(draft.member, lm.identity), True)
+                weights = members.get(draft.member, lm.identity)
+                yield _record(lm, item, draft, written, repeat * width + j, weights, own=True)
         repeat += 1
 
 
 def _record(
-    lm: VLMReasonLM, item: Item, draft: Draft, text: str, repeat: int, j: int, weights: str, own: bool
+    lm: VLMReasonLM, item: Item, draft: Draft, written: Written, k: int, weights: str, own: bool
 ) -> SampleRecord:
-    """own: the text of one member, else what the mixture answered."""
-    nothing = Completion((), (), "", "stop", draft.completion.seed if draft.completion else 0)
-    trace = draft.trace or nothing
-    k = repeat * max(1, _rationales(lm)) + (j if draft.trace is not None else 0)
-    name = PROPOSAL if draft.trace is not None else "lm_eval/text"
+    """own: what one member wrote; else what the mixture answered, which is one of its drafts or nothing."""
+    answer = draft.completion if own or written.chosen is not None else None
+    trace, how = draft.trace, written.decoding
+    reasoned = trace is not None
+    trace = trace or Completion((), (), "", "stop", 0 if answer is None else answer.seed)
+    name = PROPOSAL if reasoned else "lm_eval/text"
     record = SampleRecord(
-        key=_key(item, lm, weights, k, 1, own),
+        key=_key(item, lm, weights, k, own),
         problem_id=f"{item.name}/{item.logged['doc_hash'][:8]}",  # as the importer names it
         question=str(item.logged["arguments"][0][0]),
         reference=str(item.logged["target"]),
@@ -130,8 +130,8 @@ def _record(
         trace_logps=trace.logps,
         finish=trace.finish,
         seed=trace.seed,
-        temperature=1.0,
-        top_p=1.0,
+        temperature=1.0 if reasoned else how.temperature,
+        top_p=1.0 if reasoned else how.top_p,
         proposal=name if own else f"{name}/mixture",
         saw_answer=False,
         weights=weights,
@@ -139,8 +139,9 @@ def _record(
         k=k,
         member=draft.member if own else None,
     )
-    if draft.completion is None:
+    if answer is None:
         return record
+    text = lm.encoder.text(answer.ids, how.until)
     correct, parsed = judged(item.task, item.logged, text)
     label = draft.canonical
     if label is None and parsed is not None:
@@ -148,11 +149,11 @@ def _record(
     return dataclasses.replace(
         record,
         m=1,
-        answer_ids=draft.completion.ids,
-        answer_text=draft.completion.text,
-        answer_logps=draft.completion.logps,
-        answer_finish=draft.completion.finish,
-        answer_seed=draft.completion.seed,
+        answer_ids=answer.ids,
+        answer_text=text,
+        answer_logps=answer.logps,
+        answer_finish=answer.finish,
+        answer_seed=answer.seed,
         correct=correct if label is not None or correct is None else False,
         score=None if correct is None else float(correct),
         parsed=parsed,
@@ -184,11 +185,7 @@ def judged(task: ConfigurableTask, logged: Mapping[str, Any], text: str) -> tupl
     return verdict, None if parsed in ("", "[invalid]") else parsed
 
 
-def _rationales(lm: VLMReasonLM) -> int:
-    return 0 if lm.rationales is None else lm.rationales.config.rationales * len(lm.members)
-
-
-def _key(item: Item, lm: VLMReasonLM, weights: str, k: int, m: int, own: bool = True) -> str:
+def _key(item: Item, lm: VLMReasonLM, weights: str, k: int, own: bool) -> str:
     """What was asked (document, prompt), of whom, and as which draw."""
     asked = {name: item.logged[name] for name in ("doc_hash", "prompt_hash", "target_hash")}
     return sample_key(
@@ -198,5 +195,5 @@ def _key(item: Item, lm: VLMReasonLM, weights: str, k: int, m: int, own: bool = 
         parameters={"item": item.name, "identity": lm.identity, "own": own, **asked},
         seed=lm.seed,
         k=k,
-        m=m,
+        m=1,
     )
