@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from tests.suite_parts import save_adapter, save_model, suite_data, write_suite, write_sums
 from vlm_reason.cli.main import main
 from vlm_reason.config import from_dict
+from vlm_reason.engines.base import Engine
 from vlm_reason.errors import UserError
-from vlm_reason.evaluation.members import load_members
+from vlm_reason.evaluation.members import Member, load_members
 from vlm_reason.evaluation.requirements import Requirement
 from vlm_reason.evaluation.suite import SuiteConfig
 from vlm_reason.evaluation.suite_run import run_suite
@@ -172,6 +174,49 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_close(a[k], b[k]) for k in a)
     return a == pytest.approx(b, abs=1e-9) if isinstance(a, float) else a == b
+
+
+class InPlace:
+    """A posterior that writes each of its draws into the one model: what a family of its own may do."""
+
+    resident, base = True, None
+
+    def __init__(self, folder: Path, count: int) -> None:
+        from vlm_reason.engines.hf import HFEngine
+        from vlm_reason.models.load import load_model
+
+        self.model, self.tokenizer = load_model(folder, dtype="float32")
+        self.engine = HFEngine(self.model, self.tokenizer)
+        self.mean = self.model.lm_head.weight.detach().clone()
+        self.members = [Member(m, f"draw {m}", None, f"head+{m}") for m in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    @contextmanager
+    def serve(self, member: Member) -> Iterator[Engine]:
+        generator = torch.Generator().manual_seed(member.index or 0)
+        with torch.no_grad():
+            self.model.lm_head.weight.copy_(
+                self.mean + 0.3 * torch.randn(self.mean.shape, generator=generator)
+            )
+        yield self.engine
+
+
+def test_a_posterior_of_its_own_kind_takes_part(suite: Suite, model: Path, tmp_path: Path) -> None:
+    config = suite(rank="mixture")
+    result = run_suite(config, members=InPlace(model, 3), audit=True)
+    assert (
+        result["audit"]["passed"] and result["audit"]["largest"] < 1e-4
+    )  # each scored by the draw that sampled
+    records = stored(config, "low")
+    assert Counter(r.weights for r in records) == {"head+0": 24, "head+1": 24, "head+2": 24}
+    firsts = {r.member: r.trace_ids for r in records if r.problem_id == "p0" and r.k == 0}
+    assert len(set(firsts.values())) == 3
+    assert run_suite(config, members=InPlace(model, 3))["items"] == result["items"]
 
 
 def test_an_adapter_that_does_not_fit_is_named(suite: Suite, model: Path, tmp_path: Path) -> None:
