@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,7 +88,9 @@ def clean_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def make(folder: Path, out: Path, mode: str, run: str, **more: Any) -> TraceTrainer:
+def make(
+    folder: Path, out: Path, mode: str, run: str, engine: Mapping[str, Any] | None = None, **more: Any
+) -> TraceTrainer:
     chosen = RUNS[run]
     args = TraceConfig(
         output_dir=str(out),
@@ -123,6 +125,7 @@ def make(folder: Path, out: Path, mode: str, run: str, **more: Any) -> TraceTrai
         verifier="number",
         adapter=AdapterConfig(r=2, alpha=4) if chosen.adapters else None,
         dtype=chosen.dtype,
+        engine_options=engine,
         show_progress=False,
     )
 

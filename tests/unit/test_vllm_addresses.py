@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from vlm_reason.cli.serve import _address
-from vlm_reason.engines import vllm_server
+from vlm_reason.engines import server as one_server
 from vlm_reason.engines.base import EngineLost
 from vlm_reason.engines.make import server_address
-from vlm_reason.engines.vllm_server import Server
+from vlm_reason.engines.server import Server
 from vlm_reason.errors import UserError
 
 
@@ -101,13 +101,13 @@ def answering(status: int, body: bytes) -> Iterator[str]:
 )
 def test_what_is_no_vllm_server_is_named(status: int, body: bytes, message: str) -> None:
     with answering(status, body) as url, pytest.raises(UserError, match=message) as caught:
-        Server(url, 1, retry_seconds=0.0).check()
+        Server(url, 1, retry_seconds=0.0, stall_seconds=1.0).check()
     assert url in str(caught.value)
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch) -> None:
-    monkeypatch.setattr(vllm_server, "STATUS_TIMEOUT", 0.2)
+    monkeypatch.setattr(one_server, "STATUS_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(EngineLost, match=r"is gone: /version failed for \d s \(ReadTimeoutError\)"):
-            Server(url, 1, retry_seconds=0.1).check()
+            Server(url, 1, retry_seconds=0.1, stall_seconds=1.0).check()

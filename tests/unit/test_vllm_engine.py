@@ -29,6 +29,7 @@ from vlm_reason.engines.vllm import Call
 from vlm_reason.engines.vllm_colocate import cache_bytes_on_cpu
 from vlm_reason.errors import UserError
 from vlm_reason.models.adapters import AdapterConfig, adapter_parameters, add_adapters, use_adapter
+from vlm_reason.traces import TraceConfig, TraceTrainer, build
 
 IDS = torch.tensor([[5, 9, 17, 4, 8, 30, 41]])
 
@@ -59,6 +60,7 @@ def adapted(tiny_llama) -> PeftModel:
         ({"batch_size": 0}, "engine.batch_size must be >= 1, got 0"),
         ({"kind": "vllm", "max_model_len": 0}, "engine.max_model_len must be >= 1, got 0"),
         ({"kind": "vllm", "retry_seconds": float("nan")}, "engine.retry_seconds must be >= 0, got nan"),
+        ({"kind": "vllm", "stall_seconds": 0}, "engine.stall_seconds must be > 0, got 0"),
         *(
             (
                 {"kind": "vllm", "mode": "server", "urls": [url]},
@@ -75,6 +77,28 @@ def adapted(tiny_llama) -> PeftModel:
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         engine_config(options)
+
+
+@pytest.mark.parametrize(
+    ("sync", "adapter", "processes", "message"),
+    [
+        (
+            "full",
+            AdapterConfig(r=2),
+            1,
+            "engine.sync full sends the model's own weights, and this one trains adapters",
+        ),
+        ("merged", AdapterConfig(r=2), 2, "engine.sync merged swaps whole models between requests"),
+        ("adapter", None, 1, "engine.sync adapter needs adapters, and the model has none: use full"),
+    ],
+)
+def test_a_sync_that_does_not_fit_is_refused_before_the_model_is_loaded(
+    tmp_path, monkeypatch, sync: str, adapter: AdapterConfig | None, processes: int, message: str
+) -> None:
+    monkeypatch.setattr(TraceConfig, "world_size", processes)
+    args, engine = TraceConfig(output_dir=str(tmp_path / "run"), use_cpu=True), {"kind": "vllm", "sync": sync}
+    with pytest.raises(UserError, match=message):
+        TraceTrainer("/no/such/model", args, build("rft"), [], adapter=adapter, engine_options=engine)
 
 
 def test_switching_the_kind_needs_nothing_else() -> None:

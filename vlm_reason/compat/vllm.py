@@ -99,6 +99,12 @@ def check_version(found: str, what: str) -> None:
         )
 
 
+def has_prompt_logps(temperature: float, top_p: float) -> bool:
+    """Whether vLLM has log-probabilities of given tokens under this law: those of prompts are neither tempered nor cut,
+    and temperature 0 stands for the untempered law (engines/base.py)."""
+    return temperature == 0 or (temperature == 1 and top_p == 1)
+
+
 def lora_rank(rank: int) -> int:
     """The smallest rank vLLM has room for that holds `rank`."""
     for room in LORA_RANKS:

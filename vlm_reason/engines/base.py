@@ -69,3 +69,10 @@ class Engine(Protocol):
     def score(
         self, requests: Sequence[ScoreRequest], progress: str | None = None
     ) -> list[tuple[float, ...]]: ...
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """An engine that samples elsewhere: `close` ends what it is asked for, in whichever thread."""
+
+    def close(self) -> None: ...

@@ -42,6 +42,9 @@ def server_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     env = vllm_environment(base)
     env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     env["VLLM_SERVER_DEV_MODE"] = "1"
+    if not shutil.which("nvidia-smi"):
+        # The model in the engine's process. vLLM would start one more for it, only to set OpenMP's environment there.
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return env
 
 

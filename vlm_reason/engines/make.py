@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..compat.vllm import Settings, check_installed, lora_rank, server_arguments
+from ..compat.vllm import Settings, check_installed, has_prompt_logps, lora_rank, server_arguments
 from ..config import convert, from_dict
 from ..errors import UserError
 from ..models.adapters import POSTERIOR, REASONER, AdapterConfig
@@ -24,7 +24,7 @@ from ..scoring.logprobs import unwrap
 from .base import Engine
 from .hf import HFEngine
 from .launch import prepared
-from .sync import adapter_names, policy_weights, write_weights
+from .sync import adapter_names, check_sync, policy_weights, write_weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class VLLMConfig:
     memory     share of the GPU's memory (without one, of the machine's) for weights and cache; default by what is free
     eager      no compilation and no CUDA graphs; default: on a CPU only
     prefix_caching  keep the keys and values of prompts that begin alike
-    concurrency     requests in flight to one server; retry_seconds: how long a server may be away
+    concurrency     requests in flight to one server; retry_seconds: how long a server may be away; stall_seconds: how
+               long it may have requests in hand and make no token
     """
 
     kind: Literal["vllm"] = "vllm"
@@ -71,6 +72,7 @@ class VLLMConfig:
     prefix_caching: bool = True
     concurrency: int = 64
     retry_seconds: float = 60.0
+    stall_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         _at_least_one(self, "batch_size", "score_tokens", "tensor_parallel_size", "data_parallel_size")
@@ -79,6 +81,8 @@ class VLLMConfig:
             raise UserError(f"engine.memory is a share of the memory, in (0, 1), got {self.memory}")
         if not 0 <= self.retry_seconds < math.inf:
             raise UserError(f"engine.retry_seconds must be >= 0, got {self.retry_seconds}")
+        if not 0 < self.stall_seconds < math.inf:
+            raise UserError(f"engine.stall_seconds must be > 0, got {self.stall_seconds}")
         if (self.mode == "server") != bool(self.urls):
             raise UserError(
                 "engine.mode server needs engine.urls, as in [http://host:8000] (vlm-reason serve CONFIG starts one)"
@@ -122,23 +126,42 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig | VLLMConfig:
     return from_dict(EngineConfig, options, "engine")
 
 
+def check_engine(options: Mapping[str, Any], adapters: bool, processes: int = 1) -> EngineConfig | VLLMConfig:
+    """`engine_config`, and whether it goes with what is trained: all that can be said before a model is loaded."""
+    config = engine_config(options)
+    if isinstance(config, VLLMConfig):
+        check_sync(config.sync, adapters, processes)
+    return config
+
+
 def make_engine(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any],
     folder: Path | None = None,
+    runs_model: bool = True,
 ) -> Engine:
     """The engine over `model`. folder: where an engine with weights of its own may write, a temporary one by default
-    (mode server: it must be visible to the servers under the same path). Raises UserError for an unknown kind or key,
-    naming the nearest, and for vLLM that is missing or of another version."""
+    (mode server: it must be visible to the servers under the same path). runs_model: whether it may run `model`
+    (`needs_model` says whether it would). Raises UserError for an unknown kind or key, naming the nearest, and for vLLM
+    that is missing or of another version."""
     config = engine_config(options)
     if isinstance(config, EngineConfig):
         return HFEngine(model, tokenizer, config.batch_size, config.score_tokens)
-    return _make_vllm(model, tokenizer, config, folder or Path(tempfile.mkdtemp(prefix="vlm-reason-engine-")))
+    folder = folder or Path(tempfile.mkdtemp(prefix="vlm-reason-engine-"))
+    return _make_vllm(model, tokenizer, config, folder, runs_model)
+
+
+def needs_model(config: EngineConfig | VLLMConfig, temperature: float, top_p: float) -> bool:
+    """Whether the engine would run the model of this process for texts sampled under this law: `hf` always; vLLM when
+    it does not score, or has no log-probabilities of that law."""
+    return (
+        isinstance(config, EngineConfig) or config.score == "hf" or not has_prompt_logps(temperature, top_p)
+    )
 
 
 def _make_vllm(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: VLLMConfig, folder: Path
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: VLLMConfig, folder: Path, runs_model: bool
 ) -> Engine:
     from .vllm import Backend, VLLMEngine
 
@@ -150,7 +173,7 @@ def _make_vllm(
     if config.mode == "server":
         from .vllm_server import Servers
 
-        backend = Servers(config.urls, config.concurrency, config.retry_seconds, folder)
+        backend = Servers(config.urls, config.concurrency, config.retry_seconds, config.stall_seconds, folder)
     else:
         from .vllm_colocate import Colocated
 
@@ -164,7 +187,7 @@ def _make_vllm(
         ranks = _ranks(model) if kind == "adapter" else []
         source = model_folder(model, tokenizer, folder)
         backend = Colocated(vllm_settings(causal.config, causal.dtype, config, source, ranks))
-    scorer = HFEngine(model, tokenizer, config.batch_size, config.score_tokens)
+    scorer = HFEngine(model, tokenizer, config.batch_size, config.score_tokens) if runs_model else None
     return VLLMEngine(
         backend, model, tokenizer, scorer, kind, folder, score_here=config.score == "vllm", note=note
     )
@@ -207,6 +230,7 @@ def serve_command(
 ) -> list[str]:
     """Arguments of `python` that start a server for model `name`, beside which two adapters are trained (None: its own
     weights). The weights are not loaded here."""
+    check_sync(config.sync, adapter is not None)
     check_installed()
     pretrained = load_model_config(name)
     source = str(pretrained._name_or_path)

@@ -38,6 +38,21 @@ SHARD = 2 << 30
 """Bytes of one safetensors file."""
 
 
+def check_sync(kind: str, adapters: bool, processes: int = 1) -> None:
+    """UserError for a way of sync that does not go with what is trained: `adapters`, or the model's own weights."""
+    if kind == "merged" and processes > 1:
+        raise UserError(
+            "engine.sync merged swaps whole models between requests, which several processes cannot do in step: "
+            "use sync adapter"
+        )
+    if kind == "full" and adapters:
+        raise UserError(
+            "engine.sync full sends the model's own weights, and this one trains adapters: use adapter or merged"
+        )
+    if kind in ("adapter", "merged") and not adapters:
+        raise UserError(f"engine.sync {kind} needs adapters, and the model has none: use full")
+
+
 @runtime_checkable
 class Synced(Protocol):
     """An engine with weights of its own. `sync` makes it serve `model` as it is now, under the name of policy `version`

@@ -15,23 +15,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..compat.vllm import LEAST_TEMPERATURE, Output
+from ..compat.vllm import LEAST_TEMPERATURE, Output, has_prompt_logps
 from ..errors import UserError
 from ..models.adapters import adapter_parameters, use_adapter
+from ..scoring.logprobs import context_length
 from ..types import Completion, Finish
 from .base import Law, SampleRequest, ScoreRequest
 from .checks import check_sample, check_score, room
 from .draw import StopDetector, decode
 from .hf import HFEngine
+from .processes import rank, together, world
 from .sync import (
     AdapterWeights,
     adapter_names,
     adapter_weights,
+    check_sync,
     policy_weights,
     prune,
     write_adapter,
@@ -105,7 +107,8 @@ class Backend(Protocol):
 
 
 class VLLMEngine:
-    """Sample with vLLM; score with `scorer` (the model in training) or, where it is exact, with vLLM.
+    """Sample with vLLM; score with `scorer` (the model in training; None where no process can run it) or, where it is
+    exact, with vLLM.
 
     model: whose weights are served. kind: how they travel (engines/sync.py). folder: where adapters and weights are
     written for vLLM to read; server mode needs it visible to the servers under the same path.
@@ -121,22 +124,13 @@ class VLLMEngine:
         backend: Backend,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        scorer: HFEngine,
+        scorer: HFEngine | None,
         kind: SyncKind,
         folder: Path,
         score_here: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if kind == "merged" and _world() > 1:
-            raise UserError(
-                "engine.sync merged swaps whole models between requests, which several processes cannot do in step: "
-                "use sync adapter"
-            )
-        if kind == "full" and adapter_names(model):
-            raise UserError("engine.sync full sends the model's own weights, and this one trains adapters: "
-                            "use adapter or merged")  # fmt: skip
-        if kind != "full" and not adapter_names(model):
-            raise UserError(f"engine.sync {kind} needs adapters, and the model has none: use full")
+        check_sync(kind, bool(adapter_names(model)), world())
         self.backend, self.model, self.tokenizer, self.scorer = backend, model, tokenizer, scorer
         self.kind, self.folder, self.score_here = kind, folder, score_here
         self.context = backend.context
@@ -165,7 +159,7 @@ class VLLMEngine:
             self._version = None  # whatever fails below, what is served has no name
             self.backend.begin_version(version)
             if self.kind == "full":
-                self.backend.load_weights(f"reasoner@{version}", policy_weights(model))
+                together(lambda: self.backend.load_weights(f"reasoner@{version}", policy_weights(model)))
             else:
                 assert isinstance(model, PeftModel)
                 self._adapters = {name: adapter_weights(model, name) for name in adapter_names(model)}
@@ -176,16 +170,20 @@ class VLLMEngine:
             self._version = version
 
     def _serve_adapters(self) -> None:
-        first = _rank() == 0
         folders = {served: self.folder / served for served in self._served.values()}
-        if first:
-            for name, served in self._served.items():
-                write_adapter(self.folder, served, self._adapters[name])
-        _barrier()
-        if first or self.backend.own_process:
-            self.backend.serve_adapters(folders)
-        _barrier()
-        if first:
+
+        def write() -> None:
+            if rank() == 0:
+                for name, served in self._served.items():
+                    write_adapter(self.folder, served, self._adapters[name])
+
+        def serve() -> None:
+            if rank() == 0 or self.backend.own_process:
+                self.backend.serve_adapters(folders)
+
+        together(write)
+        together(serve)
+        if rank() == 0:
             prune(self.folder, folders)
 
     def _load_merged(self, adapter: str | None) -> None:
@@ -211,11 +209,19 @@ class VLLMEngine:
         return [self._completion(r, o) for r, o in zip(requests, outputs, strict=True)]
 
     def score(self, requests: Sequence[ScoreRequest], progress: str | None = None) -> list[tuple[float, ...]]:
-        if not self.score_here:
+        if self.scorer is not None and not self.score_here:
             return self.scorer.score(requests, progress)
-        check_score(requests, self.scorer.context)
+        check_score(requests, context_length(self.model))
         mine = [i for i, request in enumerate(requests) if self._scores(request)]
         rest = [i for i in range(len(requests)) if i not in set(mine)]
+        if rest and self.scorer is None:
+            first = requests[rest[0]]
+            raise UserError(
+                f"vLLM has no log-probabilities of {len(first.context_ids) + len(first.target_ids)} tokens at "
+                f"temperature {first.law.temperature:g} and top-p {first.law.top_p:g} (it has at 0 or 1 and 1, within "
+                f"its {self.context} tokens), and no process holds the whole model: set engine.score=hf, which "
+                "gathers copies of it"
+            )
         if rest and not self._noted:
             self._noted = True
             self._note(
@@ -225,9 +231,8 @@ class VLLMEngine:
         laws = [requests[i].law for i in mine]
         outputs = self._run([self._score_call(requests[i]) for i in mine], laws, progress)
         scored = {i: _target_logps(requests[i], o) for i, o in zip(mine, outputs, strict=True)}
-        scored |= dict(
-            zip(rest, self.scorer.score([requests[i] for i in rest], progress) if rest else [], strict=True)
-        )
+        if rest and self.scorer is not None:
+            scored |= dict(zip(rest, self.scorer.score([requests[i] for i in rest], progress), strict=True))
         return [scored[i] for i in range(len(requests))]
 
     def _run(self, calls: Sequence[Call], laws: Sequence[Law], progress: str | None) -> list[Output]:
@@ -275,8 +280,10 @@ class VLLMEngine:
 
     def _scores(self, request: ScoreRequest) -> bool:
         law = request.law
-        exact = law.temperature == 0 or (law.temperature == 1 and law.top_p == 1)
-        return exact and len(request.context_ids) + len(request.target_ids) < self.context
+        return (
+            has_prompt_logps(law.temperature, law.top_p)
+            and len(request.context_ids) + len(request.target_ids) < self.context
+        )
 
     def _score_call(self, request: ScoreRequest) -> Call:
         return Call((*request.context_ids, *request.target_ids), 1, temperature=0.0, prompt_logps=True)
@@ -316,16 +323,3 @@ def _target_logps(request: ScoreRequest, output: Output) -> tuple[float, ...]:
             f"vLLM left out the log-probabilities of {missing} of {len(request.target_ids)} tokens"
         )
     return cast(tuple[float, ...], found)
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if _world() > 1:
-        torch.distributed.barrier()

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..engines.base import Closable, Engine
 from ..errors import UserError
 from ..types import Problem, TraceGroup
 from .config import TraceConfig
@@ -71,6 +72,11 @@ class Ahead:
         if self._future is None or self._future.exception() is not None:
             return None
         return self._future.result()
+
+    def drop(self, engine: Engine) -> None:
+        """Nobody will take it: an engine that is drawing it in another thread is closed."""
+        if self._future is not None and not self._future.done() and isinstance(engine, Closable):
+            engine.close()
 
     def put(self, drawn: Drawn) -> None:
         """What a checkpoint held."""

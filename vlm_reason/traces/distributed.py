@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..engines.base import EngineLost
-from ..errors import UserError
+from ..engines.processes import together
 from .step import Batch
 
 Result = TypeVar("Result")
@@ -44,26 +43,9 @@ class Ranks:
     def together(self, work: Callable[[], Result]) -> list[Result]:
         """`work` done in every process; what each of them returned, by rank. What it returns is pickled.
 
-        When it fails in one process, it fails in all of them at once instead of leaving the others to wait: with the
-        same UserError or EngineLost, or with a RuntimeError that names the rank.
+        When it fails in one process, it fails in all of them (`engines.processes.together`).
         """
-        if self.size == 1:
-            return [work()]
-        own: Exception | None = None
-        outcome: tuple[type[Exception] | None, Any]
-        try:
-            outcome = (None, work())
-        except Exception as error:
-            own = error
-            kind = next((k for k in (EngineLost, UserError) if isinstance(error, k)), RuntimeError)
-            text = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            outcome = (kind, text if kind is RuntimeError else str(error))
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, outcome)
-        for failed, value in gathered:
-            if failed is not None:
-                raise failed(value) from own
-        return [value for _, value in gathered]
+        return [work()] if self.size == 1 else together(work)
 
     def agree(self, value: Any, what: str) -> None:
         """RuntimeError where `value` (small, comparable) is not the same in every process: collectives that depend on

@@ -33,7 +33,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..atomic import write_atomically
 from ..compat.deepspeed import cast_partitioned, join_process_group
 from ..engines.base import Engine, EngineLost
-from ..engines.make import engine_config, make_engine, note
+from ..engines.make import check_engine, make_engine, needs_model, note
 from ..engines.sync import Synced
 from ..errors import UserError
 from ..models.adapters import (
@@ -128,7 +128,9 @@ class TraceTrainer(ShardedTrainer):
     ) -> None:
         check_devices(args)
         check_reports(args)
-        engine_config(engine_options or {})  # before a model is loaded
+        config = check_engine(
+            engine_options or {}, adapter is not None, args.world_size
+        )  # before a model is loaded
         if args.deepspeed_plugin is not None:
             join_process_group()
         if isinstance(model, str):
@@ -156,12 +158,13 @@ class TraceTrainer(ShardedTrainer):
         check_prompts(recipe, self.problems, self.training_prompts, args, context_length(trained))
         if args.proposal_shot_rounds and args.proposal_shots > args.shots:
             check_prompts(recipe, self.problems, self.warmup_prompts, args, context_length(trained))
-        self._copy = (
-            WholeCopy(skeleton(trained, adapter)) if engine is None and shards_weights(args) else None
-        )
+        spread = engine is None and shards_weights(args)
+        copied = spread and needs_model(config, args.temperature, args.top_p)
+        self._copy = WholeCopy(skeleton(trained, adapter)) if copied else None
         if engine is None:
             sampled = trained if self._copy is None else self._copy.model
-            engine = make_engine(sampled, tokenizer, engine_options or {}, Path(args.output_dir) / "engine")
+            folder = Path(args.output_dir) / "engine"
+            engine = make_engine(sampled, tokenizer, engine_options or {}, folder, copied or not spread)
         self.engine = engine
         self.verifier = make_verifier(verifier) if isinstance(verifier, str) else verifier
         self._optimizer_factory = optimizer_factory
@@ -197,6 +200,20 @@ class TraceTrainer(ShardedTrainer):
             None  # this process's part of the step's loss and padded tokens
         )
         self._step_started = time.perf_counter()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As transformers does. What ends it early (Ctrl-C, an error) also ends what is being drawn ahead, for which
+        the process would wait."""
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except BaseException:
+            self._ahead.drop(self.engine)
+            raise
 
     # ---- one optimiser step --------------------------------------------------------------------------------
 
