@@ -63,8 +63,8 @@ def test_the_example_prints_what_it_says() -> None:
     exec(code[1].replace("print(", "("), scope)
     # three of four: [18 18 20] and [18 18 -] win, [18 20 -] twice is a tie; [7 5 5] never wins
     shown = float(re.search(r"maj_at_k.*# ([\d.]+)", code[1])[1])  # type: ignore[index]
-    assert scope["metrics"].maj_at_k(scope["answers"], scope["gold"], k=3).value == shown
-    assert shown == pytest.approx((0.75 + 0 + 1) / 3) and scope["votes"].share.tolist() == [0.5, 0.75, 1.0]
+    assert round(scope["metrics"].maj_at_k(scope["answers"], scope["gold"], k=3).value, 4) == shown
+    assert shown == round((0.75 + 0 + 1) / 3, 4) and scope["votes"].share.tolist() == [0.5, 0.75, 1.0]
 
 
 GENERATOR = np.random.default_rng(0)

@@ -195,3 +195,23 @@ def test_nothing_is_nan_and_flagged_never_zero() -> None:
     for estimate in nothing:
         assert math.isnan(estimate.value) and "empty" in estimate.flags and estimate.n == 0
         assert all(map(math.isnan, estimate.ci)) and math.isnan(estimate.se)
+
+
+def test_dropped_items_are_counted_in_every_metric() -> None:
+    bad, p = math.nan, [[0.5, 0.5], [0.9, 0.1], [0.2, math.nan]]
+    dropping = {"on_invalid": "drop"}
+    found = [
+        metrics.pass_at_k([1, bad, 2], [2, 2, 2], 2, **dropping),
+        metrics.maj_at_k([["a"], ["b"], ["a"]], ["a"] * 3, 1, [[1.0], [1.0], [bad]], **dropping),
+        metrics.maj_at_k_judged([["a"], ["b"], ["a"]], [[1], [0], [bad]], 1, **dropping),
+        metrics.best_of_k([[1.0], [2.0], [None]], [[1], [0], [1]], 1, **dropping),
+        metrics.compare([1, 0, bad], [0, 0, 1], "xyz", "zyx", **dropping),
+        metrics.conformal([[0.5, 0.5]] * 9, [0] * 9, p, [0, 0, 0], 0.2, **dropping).coverage,
+        metrics.nll(p, [0, 0, 0], **dropping),
+    ]
+    assert [(e.n, e.n_dropped) for e in found] == [(2, 1)] * 7
+    assert [round(e.value, 6) for e in found[:5]] == [1.0, 0.5, 0.5, 0.5, 0.0]
+    with pytest.raises(UserError, match=r"weights\[2\] is nan"):
+        metrics.maj_at_k([["a"]] * 3, ["a"] * 3, 1, [[1.0], [1.0], [bad]])
+    with pytest.raises(UserError, match=r"scores\[0\] is nan"):
+        metrics.best_of_k([[None]], [[1]], 1)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta
 
 from ...errors import UserError, nearest
-from ...stats import group_sums, mean_interval, wilson
+from ...stats import OnInvalid, group_sums, mean_interval, wilson
 from ...types import Estimate
 from .answers import Answers, classes, sampled, unreadable
 from .inputs import Array, share
@@ -99,6 +99,8 @@ def conformal(
     test_labels: ArrayLike,
     alpha: float = 0.1,
     score: Score = "lac",
+    *,
+    on_invalid: OnInvalid = "raise",
 ) -> ConformalResult:
     """Sets of classes, calibrated on (probabilities, labels) and measured on the test pair; K may differ between items.
 
@@ -106,11 +108,12 @@ def conformal(
         aps  s(y) = sum of all p_k >= p_y: sets that grow with the difficulty (Romano et al. 2020, arXiv 2006.02544;
              without randomisation, so a little too large)
 
-    The calibration items must not have been trained on or tuned on. Invalid probabilities raise."""
+    The calibration items must not have been trained on or tuned on. Items with invalid probabilities
+    raise, or are dropped from either side (`coverage.n_dropped` counts those of the test side)."""
     if score not in ("lac", "aps"):
         raise UserError(f"unknown score {score!r}{nearest(str(score), ('lac', 'aps'))}")
-    calibration, _ = class_vectors(probabilities, labels)
-    test, _ = class_vectors(test_probabilities, test_labels)
+    calibration, _ = class_vectors(probabilities, labels, on_invalid)
+    test, dropped = class_vectors(test_probabilities, test_labels, on_invalid)
     own = _class_scores(calibration, score)[calibration.start + calibration.label]
     threshold = conformal_quantile(own, alpha)
     scores = _class_scores(test, score)
@@ -119,7 +122,8 @@ def conformal(
     members = (np.arange(len(scores)) - test.start[test.item])[inside]
     covered = inside[test.start + test.label]
     flags = () if math.isfinite(threshold) else ("calibration too small",)
-    return _result(alpha, score, len(own), threshold, covered, sizes, members.tolist(), flags)
+    found = _result(alpha, score, len(own), threshold, covered, sizes, members.tolist(), flags)
+    return replace(found, coverage=replace(found.coverage, n_dropped=dropped))
 
 
 def conformal_answers(

@@ -78,7 +78,7 @@ def ragged(name: str, items: Sequence[ArrayLike] | NDArray[Any]) -> Ragged:
         return Ragged(flat, np.full(len(items), items.shape[1], dtype=np.int64))
     try:
         size = np.fromiter((len(x) for x in items), dtype=np.int64, count=len(items))  # type: ignore[arg-type]
-        flat = np.fromiter(chain.from_iterable(_rows(items)), dtype=float, count=int(size.sum()))
+        flat = np.array(list(chain.from_iterable(_rows(items))), dtype=float)  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} must hold one sequence of numbers an item: {error}") from None
     return Ragged(flat, size)
@@ -92,6 +92,11 @@ def one_item(values: Any) -> bool:
 def as_items(values: Any) -> Any:
     """Per-item sequences; a flat sequence becomes the only item."""
     return [values] if one_item(values) else values
+
+
+def spoilt(values: Ragged, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[n]: does the item hold a value that is not good?"""
+    return np.bincount(values.item[~good], minlength=len(values.size)) > 0
 
 
 def same_sizes(name_a: str, a: NDArray[np.int64], name_b: str, b: NDArray[np.int64]) -> None:

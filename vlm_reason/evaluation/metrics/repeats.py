@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ...errors import UserError
 from ...stats import OnInvalid, group_sums, share_interval
 from ...types import Estimate
-from .inputs import Array, Column, Ragged, as_items, clean, ragged, same_sizes, whole
+from .inputs import Array, Column, Ragged, as_items, clean, ragged, same_sizes, spoilt, whole
 
 
 def pass_at_k_of_item(n: int, correct: int, k: int) -> float:
@@ -36,19 +36,19 @@ def pass_hat_k_of_item(n: int, correct: int, k: int) -> float:
     return math.nan if k > n else math.comb(correct, k) / math.comb(n, k)
 
 
-def pass_at_k(correct: ArrayLike, total: ArrayLike, k: int) -> Estimate:
+def pass_at_k(correct: ArrayLike, total: ArrayLike, k: int, *, on_invalid: OnInvalid = "raise") -> Estimate:
     """Mean over items of `pass_at_k_of_item`; correct[i] of total[i] draws of item i are right.
 
     The item is what is resampled, so the interval is over items (`stats.share_interval`: closed form, inside [0, 1],
     with its width where all items agree). Items with fewer than k draws say nothing of k draws: dropped and counted
     in `n_dropped` (flag `dropped`), NaN with the flag `empty` if that is all of them. Not what a user gets who cannot
     tell a right answer from a wrong one: for that see `maj_at_k` and `best_of_k`."""
-    return _over_items(correct, total, k, pass_at_k_of_item)
+    return _over_items(correct, total, k, pass_at_k_of_item, on_invalid)
 
 
-def pass_hat_k(correct: ArrayLike, total: ArrayLike, k: int) -> Estimate:
+def pass_hat_k(correct: ArrayLike, total: ArrayLike, k: int, *, on_invalid: OnInvalid = "raise") -> Estimate:
     """Mean over items of `pass_hat_k_of_item` (all of k draws right: reliability), otherwise as `pass_at_k`."""
-    return _over_items(correct, total, k, pass_hat_k_of_item)
+    return _over_items(correct, total, k, pass_hat_k_of_item, on_invalid)
 
 
 def best_of_k(
@@ -66,12 +66,12 @@ def best_of_k(
     same_sizes("scores", score.size, "correct", right.size)
     draws = Column("scores", score.flat, "finite"), Column("correct", right.flat, "unit")
     clean(*draws, on_invalid=on_invalid)
-    bad = ~(np.isfinite(score.flat) & (right.flat >= 0) & (right.flat <= 1))
-    item = score.item
+    with np.errstate(invalid="ignore"):
+        good = np.isfinite(score.flat) & (right.flat >= 0) & (right.flat <= 1)
     expected = _rank_weights(score, k) * _tie_means(score, right.flat)
-    values = np.bincount(item, weights=expected, minlength=len(score.size)).astype(float)
+    values = group_sums(score.item, expected, len(score.size))
     values[score.size < k] = np.nan
-    values[np.unique(item[bad])] = np.nan
+    values[spoilt(score, good)] = np.nan
     return over_items(values)
 
 
@@ -115,12 +115,18 @@ def _tie_means(score: Ragged, right: Array) -> Array:
 
 
 def _over_items(
-    correct: ArrayLike, total: ArrayLike, k: int, of_item: Callable[[int, int, int], float]
+    correct: ArrayLike,
+    total: ArrayLike,
+    k: int,
+    of_item: Callable[[int, int, int], float],
+    on_invalid: OnInvalid,
 ) -> Estimate:
-    [c, n], _ = clean(Column("correct", correct, "finite"), Column("total", total, "finite"))
+    columns = Column("correct", correct, "finite"), Column("total", total, "finite")
+    [c, n], dropped = clean(*columns, on_invalid=on_invalid)
     pairs, inverse = np.unique(np.stack([n, c], axis=1), axis=0, return_inverse=True)
-    values = np.array([of_item(whole("total", a, 0), whole("correct", b, 0), k) for a, b in pairs])
-    return over_items(np.asarray(values, dtype=float)[inverse.ravel()])
+    values = [of_item(whole("total", a, 0), whole("correct", b, 0), k) for a, b in pairs]
+    estimate = over_items(np.array(values, dtype=float)[inverse.ravel()])
+    return replace(estimate, n_dropped=estimate.n_dropped + dropped)
 
 
 def _check_counts(n: int, correct: int, k: int) -> None:

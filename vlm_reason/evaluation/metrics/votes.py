@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import UserError
-from ...stats import group_sums
+from ...stats import OnInvalid, group_sums
 from ...types import Estimate
 from .answers import UNREAD, Answers, Classes, Sampled, classes, sampled, unreadable
-from .inputs import Array, Column, as_items, clean, one_item, ragged, same_sizes, whole
+from .inputs import Array, Column, as_items, clean, one_item, ragged, same_sizes, spoilt, whole
 from .majority import expected_majority, expected_weighted
 from .repeats import over_items
 
@@ -56,6 +56,7 @@ def maj_at_k(
     weights: Sequence[ArrayLike] | None = None,
     *,
     seed: int = 0,
+    on_invalid: OnInvalid = "raise",
 ) -> Estimate:
     """Expected correctness of the majority of k of the n samples of an item, a U-statistic:
 
@@ -79,7 +80,7 @@ def maj_at_k(
     if len(gold) != len(samples.size):
         raise UserError(f"{len(samples.size)} items in answers but {len(gold)} in gold")
     found = classes(samples)
-    return _majority(samples, found, _equal_to_gold(samples, found, gold), k, weights, seed)
+    return _majority(samples, found, _equal_to_gold(samples, found, gold), k, weights, seed, on_invalid)
 
 
 def maj_at_k_judged(
@@ -89,6 +90,7 @@ def maj_at_k_judged(
     weights: Sequence[ArrayLike] | None = None,
     *,
     seed: int = 0,
+    on_invalid: OnInvalid = "raise",
 ) -> Estimate:
     """`maj_at_k` where a verifier judged every sample: correct[i], 0 or 1, is parallel to answers[i]. An answer is as
     right as its samples are on average (they differ only where the canonical form joins what the verifier keeps
@@ -96,29 +98,43 @@ def maj_at_k_judged(
     samples, verdict = sampled(as_items(answers)), ragged("correct", as_items(correct))
     weights = None if weights is None else as_items(weights)
     same_sizes("answers", samples.size, "correct", verdict.size)
-    clean(Column("correct", verdict.flat, "unit"))
+    clean(Column("correct", verdict.flat, "unit"), on_invalid=on_invalid)
+    with np.errstate(invalid="ignore"):
+        good = (verdict.flat >= 0) & (verdict.flat <= 1)
     found = classes(samples)
-    read = found.of_sample != UNREAD
+    read = (found.of_sample != UNREAD) & good
     right = group_sums(found.of_sample[read], verdict.flat[read], len(found.count))
-    return _majority(samples, found, right / np.maximum(found.count, 1), k, weights, seed)
+    share = right / np.maximum(found.count, 1)
+    return _majority(samples, found, share, k, weights, seed, on_invalid, spoilt(verdict, good))
 
 
 def _majority(
-    samples: Sampled, found: Classes, right: Array, k: int, weights: Sequence[ArrayLike] | None, seed: int
+    samples: Sampled,
+    found: Classes,
+    right: Array,
+    k: int,
+    weights: Sequence[ArrayLike] | None,
+    seed: int,
+    on_invalid: OnInvalid,
+    bad: NDArray[np.bool_] | None = None,
 ) -> Estimate:
+    """`bad` [n]: items to drop. An item with a weight that is not finite and >= 0 is one too, or an error."""
     k = whole("k", k)
+    bad = np.zeros(len(samples.size), dtype=bool) if bad is None else bad
     if weights is None:
         values = expected_majority(samples, found, right, k, seed)
     else:
         weight = ragged("weights", weights)
         same_sizes("answers", samples.size, "weights", weight.size)
-        clean(Column("weights", weight.flat, "finite"))
-        if (weight.flat < 0).any():
-            raise UserError(
-                f"weights must be >= 0, got {weight.flat.min()}; pass exp or a sigmoid of such scores"
-            )
-        values = expected_weighted(samples, found, right, weight.flat, k, seed)
-    estimate = over_items(values)
+        clean(Column("weights", weight.flat, "finite"), on_invalid=on_invalid)
+        with np.errstate(invalid="ignore"):
+            good = np.isfinite(weight.flat) & (weight.flat >= 0)
+        if on_invalid == "raise" and not good.all():
+            lowest = weight.flat.min()
+            raise UserError(f"weights must be >= 0, got {lowest}; pass exp or a sigmoid of such scores")
+        values = expected_weighted(samples, found, right, np.where(good, weight.flat, 0.0), k, seed)
+        bad = bad | spoilt(weight, good)
+    estimate = over_items(np.where(bad, np.nan, values))
     unread = bool((samples.code == UNREAD).any())
     return replace(estimate, flags=(*estimate.flags, "unparsed")) if unread else estimate
 
