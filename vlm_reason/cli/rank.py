@@ -153,7 +153,7 @@ def _score(
 
     served = serve(config, (system,))[system]
     if first.weights != served.weights:
-        raise UserError(
+        return known, (
             f"the samples were drawn from weights {first.weights}, the {system} model has {served.weights}: "
             "sample again, or rank by a method that needs no model (majority)"
         )

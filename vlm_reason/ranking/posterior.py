@@ -29,6 +29,7 @@ from scipy.special import softmax
 from .candidates import Array, Candidates
 
 RESAMPLES = 1000
+CHUNK = 1_000_000  # numbers of the resamples held at once
 NAN = math.nan
 
 LOW_ESS = 0.1
@@ -187,7 +188,8 @@ def by_max(log_scores: Array, clusters: NDArray[np.int64], seed: int = 0) -> Sha
     np.maximum.at(top, clusters, log_scores)
     top = top[np.lexsort(top.T)]  # so that the order of the samples does not matter
     picked = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-    resampled = np.stack([top[rows].max(0) for rows in picked])
+    parts = -(-RESAMPLES * top.size // CHUNK)
+    resampled = np.concatenate([top[rows].max(1) for rows in np.array_split(picked, parts)])
     resampled = resampled[np.isfinite(resampled).any(1)]
     return Shares(value, softmax(resampled, axis=1).std(0))
 
