@@ -11,16 +11,12 @@ place, in a process of its own; `time` is their median over ours, in alternating
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import torch
-from peak_memory import peak_above
+from peak_memory import peak_above, peak_in_a_process_of_its_own, report
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -63,20 +59,6 @@ def prepared(args: argparse.Namespace) -> Callable[[str], Tensor]:
     return run
 
 
-def measured_memory(side: str) -> int:
-    argv = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side]
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {side} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.strip().splitlines()[-1])
-
-
-def report(row: str, value: float, bar: float | None, detail: dict) -> None:
-    ok = bar is None or value <= bar
-    result = {"bench": "head", "row": row, "value": round(value, 3), "unit": "ratio", "bar": bar, "ok": ok}
-    print(json.dumps({**result, "detail": detail}), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,14 +85,14 @@ def main() -> None:
             start = time.perf_counter()
             run(side)
             times.append(time.perf_counter() - start)
-    peak = {side: measured_memory(side) for side in SIDES}
+    peak = {side: peak_in_a_process_of_its_own(side) for side in SIDES}
     report(
-        "memory", peak["fused"] / peak["full"], MEMORY_BAR,
+        "head", "memory", peak["fused"] / peak["full"], MEMORY_BAR,
         {**common, "peak_mib": {s: round(b / 2**20, 1) for s, b in peak.items()}},
     )  # fmt: skip
     median = {side: statistics.median(t) for side, t in seconds.items()}
     report(
-        "time", median["full"] / median["fused"], None,
+        "head", "time", median["full"] / median["fused"], None,
         {**common, "seconds": {s: [round(x, 3) for x in t] for s, t in seconds.items()}},
     )  # fmt: skip
 

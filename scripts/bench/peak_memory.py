@@ -1,4 +1,6 @@
-"""Peak memory of a piece of work above what the process holds before it.
+"""What the benchmarks share: the line they print, and the peak memory of a piece of work.
+
+Memory is counted above what the process holds before the work.
 
 On Linux: the kernel's high-water mark of resident memory, reset just before (`/proc/self/clear_refs`), minus the
 resident memory at that moment, with freed memory handed back first. It counts what the process really took, allocator
@@ -9,6 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,24 @@ def peak_above(work: Callable[[], Any]) -> int:
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
+
+
+def peak_in_a_process_of_its_own(variant: str, *more: str) -> int:
+    """What the calling script prints when it is run again, with its own arguments, `--memory-of VARIANT` and `more`."""
+    argv = [sys.executable, sys.argv[0], *sys.argv[1:], "--memory-of", variant, *more]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ, check=False)
+    if done.returncode:
+        raise SystemExit(f"measuring the memory of {variant} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def report(
+    bench: str, row: str, value: float, bar: float | None, detail: dict[str, Any], at_least: bool = False
+) -> None:
+    """One JSON line: a ratio, and whether it keeps to `bar` (at most, or `at_least`)."""
+    ok = bar is None or (value >= bar if at_least else value <= bar)
+    result = {"bench": bench, "row": row, "value": round(value, 3), "unit": "ratio", "bar": bar, "ok": ok}
+    print(json.dumps({**result, "detail": detail}), flush=True)
 
 
 def _status(name: str) -> int:

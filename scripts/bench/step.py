@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import torch
-from peak_memory import peak_above
+from peak_memory import peak_above, peak_in_a_process_of_its_own, report
 from torch import Tensor, nn
 
 from vlm_reason.models.adapters import REASONER, AdapterConfig, add_adapters, trainable
@@ -176,21 +173,6 @@ def time_steps(steps: dict[str, Step], repetitions: int) -> dict[str, list[float
     return seconds
 
 
-def measured_memory(side: str, shape: str) -> int:
-    """Peak bytes above the loaded model, by this script in a process of its own."""
-    argv = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side, "--shapes", shape]
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {side} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.strip().splitlines()[-1])
-
-
-def report(row: str, value: float, bar: float | None, above: bool, detail: dict) -> None:
-    ok = bar is None or (value >= bar if above else value <= bar)
-    result = {"bench": "step", "row": row, "value": round(value, 3), "unit": "ratio", "bar": bar, "ok": ok}
-    print(json.dumps({**result, "detail": detail}), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,12 +204,13 @@ def main() -> None:
         }  # fmt: skip
         median = {side: statistics.median(t) for side, t in seconds.items()}
         report(
-            f"time_{shape}", median["trl"] / median["ours"], TIME_BARS[shape], True,
+            "step", f"time_{shape}", median["trl"] / median["ours"], TIME_BARS[shape],
             {**common, "gradient_gap": gap, "seconds": {s: [round(x, 3) for x in t] for s, t in seconds.items()}},
+            at_least=True,
         )  # fmt: skip
-        peak = {side: measured_memory(side, shape) for side in SIDES}
+        peak = {side: peak_in_a_process_of_its_own(side, "--shapes", shape) for side in SIDES}
         report(
-            f"memory_{shape}", peak["ours"] / peak["trl"], MEMORY_BARS.get(shape), False,
+            "step", f"memory_{shape}", peak["ours"] / peak["trl"], MEMORY_BARS.get(shape),
             {**common, "peak_mib": {s: round(b / 2**20, 1) for s, b in peak.items()}},
         )  # fmt: skip
 

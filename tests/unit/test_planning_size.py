@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import product
 
 import pytest
@@ -14,7 +15,7 @@ from vlm_reason.errors import UserError
 from vlm_reason.models.adapters import AdapterConfig, adapter_parameters, add_adapters, trainable
 from vlm_reason.planning.hardware import DEVICES
 from vlm_reason.planning.memory import activation_bytes
-from vlm_reason.planning.model_size import ModelSize, size_of_config
+from vlm_reason.planning.model_size import ModelSize, model_size, size_of_config
 from vlm_reason.planning.step_cost import Setup, train_flops
 
 TOKENS, ROWS = 24, 3
@@ -168,3 +169,42 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     one = activation_bytes(plain, 10) / 6
     checkpointed = dataclasses.replace(plain, recompute="full")
     assert activation_bytes(checkpointed, 10) == pytest.approx(one + 10 * 6 * 32 * 2)
+
+
+WHOLE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "llama"},
+            "does not say hidden_size, num_hidden_layers, num_attention_heads, vocab_size:",
+        ),
+        (
+            {"model_type": "gpt2", "n_embd": 64, "vocab_size": 99},
+            "does not say n_layer, n_head: a plan needs the",
+        ),
+        (
+            {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99},
+            "num_attention_heads",
+        ),
+        (
+            {"model_type": "llama", **WHOLE, "num_hidden_layers": 0},
+            "its num_hidden_layers is 0, where a transformer",
+        ),
+        ({"model_type": "llama", **WHOLE, "num_attention_heads": 0}, "cannot load the model in "),
+    ],
+)
+def test_a_config_without_sizes_is_one_clear_line(tmp_path, config: dict, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as refused:
+        model_size(str(tmp_path))
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_family_whose_text_part_has_its_defaults(tmp_path) -> None:
+    """LLaVA's config.json leaves out what Llama has by default."""
+    config = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model_size(str(tmp_path)).hidden == 4096

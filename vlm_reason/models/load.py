@@ -26,9 +26,9 @@ from .builtin import BUILTINS, ensure_builtin
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-UNREADABLE = (OSError, ValueError, StrictDataclassError)
+UNREADABLE = (OSError, ValueError, StrictDataclassError, ArithmeticError)
 """What transformers raises for a model it cannot read: ConnectionError, hub and safetensors errors are among the first
-two, a value of the wrong type in config.json is the third."""
+two, a value of the wrong type in config.json is the third, and it divides by sizes that are 0."""
 
 
 def load_model(

@@ -103,13 +103,36 @@ class ModelSize:
 
 def model_size(name_or_path: str) -> ModelSize:
     """Of a hub id, a folder with a config.json, or a built-in. UserError where the config cannot be had."""
-    return size_of_config(load_model_config(name_or_path), name_or_path)
+    config = load_model_config(name_or_path)
+    _check_said(config, name_or_path)
+    return size_of_config(config, name_or_path)
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def _check_said(config: PreTrainedConfig, name: str) -> None:
+    """UserError for a config.json without sizes: transformers would fill in those of some model of the family, and the
+    plan would be of that one. Only of the part that belongs to the text: there a family's defaults are meant."""
+    said, _ = type(config).get_config_dict(config._name_or_path, local_files_only=True)
+    if config.get_text_config() is not config:
+        return
+    names = config.attribute_map
+    missing = [names.get(size, size) for size in SIZES if not {size, names.get(size, size)} & said.keys()]
+    if missing:
+        raise UserError(
+            f"the config.json of {name!r} does not say {', '.join(missing)}: a plan needs the model's sizes"
+        )
 
 
 def size_of_config(config: PreTrainedConfig, name: str) -> ModelSize:
     """Builds the model on the meta device, where tensors have shapes and no memory, and counts. UserError for an
     architecture that is no causal language model."""
     text: Any = config.get_text_config()
+    for size in SIZES:
+        if not (isinstance(value := getattr(text, size, None), int) and value > 0):
+            what = f"it has no {size}" if value is None else f"its {size} is {value!r}"
+            raise UserError(f"no plan for {name!r}: {what}, where a transformer has a whole number > 0")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .enter import entered
 from .forest import Batch, TokenPair, Wanted
 from .head import head_logprobs
-from .tree import Reader, inputs_of, laid_out, wanted_mask
+from .tree import Reader, at_wanted
 
 
 def score_padded(
@@ -27,29 +27,28 @@ def score_padded(
     read: Reader = head_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token, as `logprobs.score_sequences` says."""
-    mask = wanted_mask(sequences, wanted)
     device = next(model.parameters()).device
-    if not bool(mask.any()):
-        return torch.zeros(mask.shape, dtype=torch.float32, device=device), mask.to(device)
-    inputs = [inputs_of(pair, keep) for pair, keep in zip(sequences, mask, strict=True)]
-    width = max(map(len, inputs))
-    input_ids = torch.zeros(len(inputs), width, dtype=torch.long)
-    for n, ids in enumerate(inputs):
-        input_ids[n, : len(ids)] = torch.tensor(ids)
-    input_ids = input_ids.to(device)
-    wanted_at = mask.nonzero().tolist()
-    rows = torch.tensor([n * width + len(sequences[n][0]) + t - 1 for n, t in wanted_at], device=device)
-    targets = torch.tensor([sequences[n][1][t] for n, t in wanted_at], device=device)
-    position = torch.arange(width, device=device).unsqueeze(0)
 
-    def body(causal: PreTrainedModel) -> Tensor:
-        hidden = causal.get_decoder()(
-            input_ids=input_ids, position_ids=position, use_cache=False
-        ).last_hidden_state  # [N, S, H]
-        return read(causal, hidden.flatten(0, 1).index_select(0, rows), targets, temperature, top_p)
+    def values(inputs: Sequence[tuple[int, ...]], mask: Tensor) -> Tensor:
+        width = max(map(len, inputs))
+        input_ids = torch.zeros(len(inputs), width, dtype=torch.long)
+        for n, ids in enumerate(inputs):
+            input_ids[n, : len(ids)] = torch.tensor(ids)
+        input_ids = input_ids.to(device)
+        wanted_at = mask.nonzero().tolist()
+        rows = torch.tensor([n * width + len(sequences[n][0]) + t - 1 for n, t in wanted_at], device=device)
+        targets = torch.tensor([sequences[n][1][t] for n, t in wanted_at], device=device)
+        position = torch.arange(width, device=device).unsqueeze(0)
 
-    values, mask = entered(model, body), mask.to(device)
-    return laid_out(values, mask), mask
+        def body(causal: PreTrainedModel) -> Tensor:
+            hidden = causal.get_decoder()(
+                input_ids=input_ids, position_ids=position, use_cache=False
+            ).last_hidden_state  # [N, S, H]
+            return read(causal, hidden.flatten(0, 1).index_select(0, rows), targets, temperature, top_p)
+
+        return entered(model, body)
+
+    return at_wanted(sequences, wanted, device, values)
 
 
 def padded_batches(lengths: Sequence[int], token_budget: int) -> list[Batch]:

@@ -75,32 +75,45 @@ def score_tree(
     read: Reader = head_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """log p(target | context) token by token, as `logprobs.score_sequences` says. The model takes forests (`way`)."""
-    mask = wanted_mask(sequences, wanted)
     device = next(model.parameters()).device
+
+    def values(inputs: Sequence[tuple[int, ...]], mask: Tensor) -> Tensor:
+        how = way(model)
+        forest = grow(inputs, how != "packed")
+        pairs, place = _labels(forest, sequences, mask)
+        rows, targets = torch.tensor(pairs, device=device).unbind(1)
+        ids = torch.from_numpy(forest.ids).to(device)[None]
+        position = torch.from_numpy(forest.position).to(device)[None]
+
+        def body(causal: PreTrainedModel) -> Tensor:
+            with tree_attention(causal):
+                hidden = causal.get_decoder()(
+                    input_ids=ids,
+                    position_ids=position,
+                    use_cache=False,
+                    **_structure(causal, forest, how, device),
+                ).last_hidden_state[0]  # [S, H]
+            return read(causal, hidden.index_select(0, rows), targets, temperature, top_p)
+
+        return entered(model, body)[torch.tensor(place, device=device)]
+
+    return at_wanted(sequences, wanted, device, values)
+
+
+def at_wanted(
+    sequences: Sequence[TokenPair],
+    wanted: Wanted | None,
+    device: torch.device,
+    values: Callable[[Sequence[tuple[int, ...]], Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`values` of the W wanted targets, [W] or [W, C], from what is forwarded of each sequence and the mask [N, T] on
+    the CPU; laid out as [N, T] or [N, T, C], with the mask. Where nothing is wanted nothing is forwarded."""
+    mask = wanted_mask(sequences, wanted)
     if not bool(mask.any()):
         return torch.zeros(mask.shape, dtype=torch.float32, device=device), mask.to(device)
-    how = way(model)
-    forest = grow(
-        [inputs_of(pair, keep) for pair, keep in zip(sequences, mask, strict=True)], how != "packed"
-    )
-    pairs, place = _labels(forest, sequences, mask)
-    rows, targets = torch.tensor(pairs, device=device).unbind(1)
-    ids = torch.from_numpy(forest.ids).to(device)[None]
-    position = torch.from_numpy(forest.position).to(device)[None]
-
-    def body(causal: PreTrainedModel) -> Tensor:
-        with tree_attention(causal):
-            hidden = causal.get_decoder()(
-                input_ids=ids,
-                position_ids=position,
-                use_cache=False,
-                **_structure(causal, forest, how, device),
-            ).last_hidden_state[0]  # [S, H]
-        return read(causal, hidden.index_select(0, rows), targets, temperature, top_p)
-
-    values = entered(model, body)[torch.tensor(place, device=device)]
+    found = values([inputs_of(pair, keep) for pair, keep in zip(sequences, mask, strict=True)], mask)
     mask = mask.to(device)
-    return laid_out(values, mask), mask
+    return laid_out(found, mask), mask
 
 
 def laid_out(values: Tensor, mask: Tensor) -> Tensor:
