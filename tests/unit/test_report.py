@@ -47,7 +47,7 @@ def estimates(report: Report, system: int = 0) -> dict[str, float]:
 
 
 def test_every_control_character_is_shown() -> None:
-    assert visible("a\x00b\x1bc\x7fd\x85e") == "a␀b␛c␡d⟨U+0085⟩e"
+    assert visible("a\x00b\x1bc\x7fd\x85e") == "a⟨NUL⟩b⟨ESC⟩c⟨DEL⟩d⟨U+0085⟩e"
     assert visible("\u202eabc\u202c\u200b\u2028") == "⟨RLO⟩abc⟨PDF⟩⟨ZWSP⟩⟨LS⟩"
     assert visible("\ud83d|\U0001f600|é\t\n") == "\ufffd|\U0001f600|é\t\n"
 
@@ -91,7 +91,7 @@ def test_a_line_breaks_where_a_value_is_missing() -> None:
 def test_words_in_a_picture_are_escaped() -> None:
     plot = Plot(Scale(0, 1), Scale(0, 1), x_title="<b>&\x00")
     drawn = plot.svg("p", "<t>", '"d"')
-    assert "&lt;b&gt;&amp;␀" in drawn and "<t>" not in drawn and '"d"' not in drawn
+    assert "&lt;b&gt;&amp;⟨NUL⟩" in drawn and "<t>" not in drawn and '"d"' not in drawn
     assert 'role="img" aria-labelledby="p-t p-d"' in drawn
 
 

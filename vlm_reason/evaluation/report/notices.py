@@ -12,6 +12,8 @@ from .system import Problems, System
 
 FEW = 30
 """Fewer problems than this, and every interval is wide."""
+FEWEST = 10
+"""Below this, calibration is not worth a sentence."""
 NOTABLE = 0.01
 """Shares of cut or unreadable samples from here on are told."""
 
@@ -47,7 +49,9 @@ def of_system(system: System, several: bool) -> Iterator[Notice]:
 def of_problems(who: str, p: Problems) -> Iterator[Notice]:
     """What is special about one system on one task; `who` is what the reader knows them by, or nothing."""
     if len(p) < FEW:
-        yield _caution(who, f"Only {len(p)} problems: intervals are wide, and curves rough.")
+        yield _caution(
+            who, f"Only {len(p)} problem{'s' * (len(p) > 1)}: intervals are wide, and curves rough."
+        )
     if p.fewest != p.most:
         yield _note(who, f"Problems have {p.fewest} to {p.most} samples; curves in k end at {p.fewest}.")
     if not p.sure:
@@ -57,7 +61,7 @@ def of_problems(who: str, p: Problems) -> Iterator[Notice]:
         )
         return
     error = p.summary["ece"]
-    if isinstance(error, metrics.CalibrationEstimate) and math.isfinite(error.value):
+    if isinstance(error, metrics.CalibrationEstimate) and math.isfinite(error.value) and len(p) >= FEWEST:
         yield (_caution if error.p < 0.05 else _note)(who, calibration_sentence(error))
     lost = int((p.sampled & ~p.right).sum())
     if lost:
@@ -69,6 +73,9 @@ def of_comparison(systems: Sequence[str], task: str, problems: Mapping[int, Prob
     if 0 not in problems:
         yield _caution(task, f"{systems[0]} has no samples of this task, so nothing is compared.")
         return
+    for i, name in enumerate(systems):
+        if i not in problems:
+            yield _note(task, f"{name} has no samples of this task.")
     first = problems[0]
     for i, other in problems.items():
         ids, theirs = set(first.ids), set(other.ids)

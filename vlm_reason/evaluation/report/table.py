@@ -10,6 +10,7 @@ from itertools import groupby
 from .figures import Difference, Row
 from .svg import Scale, esc, interval_mark
 
+SIGNIFICANT = 0.05
 MINUS, FIGURE_SPACE = "\u2212", "\u2007"
 ARROWS = {1: ("↑", "higher is better"), -1: ("↓", "lower is better"), 0: ("", "")}
 
@@ -110,10 +111,10 @@ def _difference(row: Row) -> list[str]:
 
 
 def _style(d: Difference, direction: int) -> str:
-    """Grey where the interval holds 0; better or worse where it does not and one of them is."""
+    """Grey where the interval holds 0; better or worse where it does not and the test agrees; plain between."""
     if not d.clear:
         return "same"
-    if direction == 0:
+    if direction == 0 or not d.p < SIGNIFICANT:
         return "clear"
     return "better" if d.value * direction > 0 else "worse"
 

@@ -1,7 +1,7 @@
 """Text that somebody else wrote, made safe to show: nothing invisible, nothing that reorders the line.
 
-A control character becomes its picture (NUL is shown as the symbol U+2400), a bidirectional control its name in
-brackets, half a surrogate pair the replacement character. Newlines and tabs stay. Escaping for HTML or JSON
+A control character, and one that steers the direction of a line, becomes its name in brackets; half a surrogate pair
+becomes the replacement character. Newlines and tabs stay. Escaping for HTML or JSON
 comes after.
 """
 
@@ -16,6 +16,16 @@ _BIDI = {
     0x202E: "RLO", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
 }  # fmt: skip
 _HIDDEN = {0x200B: "ZWSP", 0x2060: "WJ", 0xFEFF: "BOM", 0x2028: "LS", 0x2029: "PS"}
+_CONTROLS = {
+    0x00: "NUL",
+    0x07: "BEL",
+    0x08: "BS",
+    0x0B: "VT",
+    0x0C: "FF",
+    0x0D: "CR",
+    0x1B: "ESC",
+    0x7F: "DEL",
+}
 _NAMED = {**_BIDI, **_HIDDEN}
 
 _UNSAFE = re.compile(
@@ -30,13 +40,9 @@ def visible(words: str) -> str:
 
 def _shown(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code in _NAMED:
-        return f"\u27e8{_NAMED[code]}\u27e9"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    return "\ufffd" if code >= 0xD800 else f"\u27e8U+{code:04X}\u27e9"
+    if code >= 0xD800 and code not in _NAMED:
+        return "\ufffd"
+    return f"\u27e8{(_NAMED | _CONTROLS).get(code, f'U+{code:04X}')}\u27e9"
 
 
 def embedded_json(value: Any) -> str:

@@ -1,5 +1,5 @@
-"""Mean size of the answer sets against alpha. Left of the shaded edge no set can keep its promise: the right
-answer was never sampled that often."""
+"""Mean size of the answer sets against alpha. Where it is shaded no set can keep its promise: the right answer is
+sampled too seldom, or the problems to calibrate on are too few."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def draw(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
         Scale(0, right), Scale(0, top), "alpha (promised share of misses)", "mean answers in a set",
         [round(0.1 * i, 1) for i in range(int(right * 10) + 1)],
     )  # fmt: skip
-    if never > 0:
+    out = max([never, *(a for a, b in zip(alphas, data["bound"], strict=True) if not b)])
+    if out > 0:
         plot.bar(
             0,
-            min(never, right),
+            min(out, right),
             0,
             top,
             "neutral band",
-            "out of reach: the right answer was never sampled that often",
+            "out of reach: the right answer is sampled too seldom, or the problems are too few",
         )
         plot.name("out of reach", "neutral", "band")
     plot.line(alphas, sizes, "s0")

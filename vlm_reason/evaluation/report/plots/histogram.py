@@ -27,7 +27,7 @@ def draw_variance(name: str, data: Mapping[str, Any], systems: Sequence[str]) ->
 
 def _draw(name: str, data: Mapping[str, Any], x_title: str, title: str) -> str:
     edges = data["edges"]
-    groups = [(key, *GROUPS[key]) for key in GROUPS if key in data["counts"]]
+    groups = [(key, *GROUPS[key]) for key in GROUPS if sum(data["counts"].get(key, ()))]
     height = (HEIGHT - BOTTOM - START - GAP * (len(groups) - 1)) / len(groups)
     shares = {key: _shares(data["counts"][key]) for key, _, _ in groups}
     top = nice_top(max((max(s, default=0) for s in shares.values()), default=1))
