@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.suite_parts import save_adapter, save_model, suite_data, write_suite, write_sums
+from tests.suite_parts import TEMPLATE, save_adapter, save_model, suite_data, write_suite, write_sums
 from vlm_reason.cli.main import main
 from vlm_reason.config import from_dict
 from vlm_reason.engines.base import Engine
@@ -371,6 +371,16 @@ def test_stored_verdicts_are_not_passed_on_to_another_reference_or_verifier(
     config.tasks["high"] = type(task)(task.task, task.template, task.shots, "exact")
     with pytest.raises(UserError, match="judged by verifier 'number', and the suite says 'exact'"):
         run_suite(config)
+
+
+def test_a_question_that_a_generator_repeats_is_one_item(suite: Suite) -> None:
+    spec = {"kind": "reasoning_gym", "name": "chain_sum", "size": 40, "seed": 5,
+            "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}  # fmt: skip
+    entry = {"task": spec, "template": TEMPLATE, "verifier": "number"}
+    result = run_suite(suite(tasks={"sums": entry}))
+    report = result["tasks"]["sums"]
+    asked = {r.question for r in stored(suite(), "sums")}
+    assert report["repeated"] > 0 and report["problems"] == len(asked) == 40 - report["repeated"]
 
 
 # ---- the audit

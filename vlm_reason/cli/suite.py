@@ -101,6 +101,8 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     lines = []
     if report["left_out"]:
         lines.append(f"{report['left_out']} problems left out ({report['left_out_why']})")
+    if report["repeated"]:
+        lines.append(f"{report['repeated']} questions that the generator made twice are asked once")
     if report["too_long"]:
         lines.append(f"{len(report['too_long'])} problems do not fit the model's context and count as wrong")
     if report["verifier_failures"]:

@@ -23,7 +23,7 @@ from ..errors import UserError, nearest
 from ..ranking import METHODS
 from ..store import Judge, SampleRecord, SampleStore
 from ..tasks.prompts import PromptBuilder
-from ..tasks.sources import load_problems
+from ..tasks.sources import held_out, load_problems
 from ..types import Problem
 from .harness import EvalConfig, draw
 from .judging import make_judge
@@ -40,7 +40,8 @@ member loads a model."""
 @dataclass(frozen=True)
 class PreparedTask:
     """A task ready to draw. too_long: ids of problems whose prompt leaves no room, which are never drawn. left_out:
-    problems over budget.problems. prompts: fingerprint of the builder."""
+    problems over budget.problems. prompts: fingerprint of the builder. repeated: questions that a generator
+    made again, dropped."""
 
     name: str
     problems: tuple[Problem, ...]
@@ -50,6 +51,7 @@ class PreparedTask:
     judge: Judge
     settings: EvalConfig
     prompts: str
+    repeated: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def _prepare(config: SuiteConfig, name: str, members: Members, context: int | No
     from ..traces.run import resolve_template, resolve_verifier
 
     entry, settings, spec = config.tasks[name], config.sampling_of(name), config.problems_of(name)
-    problems = load_problems(spec)
+    loaded = load_problems(spec)
+    # a generator repeats small questions, and two copies are not two items; a data set is taken as it is
+    problems = held_out(loaded, ()) if spec.kind == "reasoning_gym" else loaded
     kept = problems[: config.budget.problems]
     builder = PromptBuilder(members.tokenizer, resolve_template(entry.template), entry.shots)
     needs = {p.id: longest(builder, p, settings) for p in kept}
@@ -99,7 +103,7 @@ def _prepare(config: SuiteConfig, name: str, members: Members, context: int | No
     return PreparedTask(
         name, tuple(kept), too_long, len(problems) - len(kept), builder,
         make_judge(resolve_verifier(entry.verifier, spec), builder), settings,
-        builder.fingerprint(),
+        builder.fingerprint(), len(loaded) - len(problems),
     )  # fmt: skip
 
 

@@ -137,6 +137,7 @@ def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
         "samples": len(filled.records),
         "left_out": filled.left_out,
         "left_out_why": filled.why,
+        "repeated": filled.task.repeated,
         "too_long": list(filled.task.too_long),
         "verifier_failures": measured.verifier_failures,
         "data": hash_problems([p for p in filled.task.problems if p.id in begun]),
