@@ -124,7 +124,7 @@ def worker(work: str, folder: Path) -> dict[str, object]:
         columns = store.columns()
         found |= {"columns": time.perf_counter() - start, "columns_mib": columns.nbytes / 2**20}
     if work == "metrics":
-        parts = [("", time.perf_counter())]
+        parts, cpu = [("", time.perf_counter())], time.process_time()
         done = summary(columns, progress=lambda name: parts.append((name, time.perf_counter())))
         parts.append(("", time.perf_counter()))
         found["parts"] = {
@@ -132,6 +132,7 @@ def worker(work: str, folder: Path) -> dict[str, object]:
         }
         found |= {
             "metrics": time.perf_counter() - start,
+            "cpu": time.process_time() - cpu,
             "estimates": len(done.estimates),
             "skipped": dict(done.skipped),
         }
@@ -157,6 +158,7 @@ def rows(kind: str, samples: int, folder: Path) -> None:
     done = measured("metrics", folder)
     detail |= {"metrics": done["estimates"], "seconds": done["parts"], "skipped": sorted(done["skipped"])}
     detail |= {"columns_s": round(done["columns"], 2), "columns_mib": round(done["columns_mib"])}
+    detail["summary_cpu_s"] = round(done["cpu"], 1)
     report(f"{kind}: metrics", done["metrics"], "s", METRICS_BAR, detail)
     report(f"{kind}: memory", done["peak_gib"], "GiB", MEMORY_BAR, {"samples": samples})
     for path in folder.glob("*.index"):

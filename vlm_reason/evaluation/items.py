@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from .metrics import vote_fraction
 Array = NDArray[np.float64]
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+PerItem = list[NDArray[Any]]
 Confidence = Literal["votes", "choices", "likelihood"]
 
 
@@ -61,8 +62,10 @@ class Items:
         found = np.unique(self.draws.member)
         return tuple(found[found >= 0].tolist())
 
-    def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
-        """A [T] array as one array a problem."""
+    def split(self, values: NDArray[Any]) -> PerItem:
+        """A [T] array by problem: a matrix [P, n] where all problems have n draws, else one array a problem."""
+        if len(self) and (self.n == self.n[0]).all():
+            return cast(PerItem, values.reshape(len(self), -1))  # a matrix is the sequence of its rows
         return np.split(values, self.start[1:-1]) if len(self) else []
 
     def mean(self, values: NDArray[Any]) -> Array:
@@ -80,7 +83,7 @@ class Items:
         return np.bincount(self.item, weights=self.draws.correct, minlength=len(self)).astype(np.int64)
 
     @cached_property
-    def answers(self) -> list[NDArray[Any]]:
+    def answers(self) -> PerItem:
         """[P] canonical answers of the draws, as codes into `draws.answers`, -1 unread."""
         return self.split(self.draws.canonical.astype(np.int64))
 

@@ -357,7 +357,8 @@ def _of_conformal(items: Items, seed: int) -> _Part:
         p = [own[:k] for own, k in zip(choice_probabilities(items), sizes, strict=True)]
         result = metrics.conformal([p[i] for i in one], gold[one], [p[i] for i in other], gold[other], ALPHA)
     else:
-        answers, gold = items.answers, np.where(items.gold < 0, len(items.draws.answers), items.gold)
+        gold = np.where(items.gold < 0, len(items.draws.answers), items.gold)
+        answers = [items.draws.canonical[a:b] for a, b in zip(items.start[:-1], items.start[1:], strict=True)]
         result = metrics.conformal_answers(
             [answers[i] for i in one],
             gold[one].tolist(),
