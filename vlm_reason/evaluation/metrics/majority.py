@@ -13,10 +13,11 @@ from scipy.stats import binom
 from .answers import UNREAD, Classes, Sampled
 from .inputs import Array
 
-EXACT_SAMPLES = 1024
+EXACT_SAMPLES = 128
 ENUMERATED = 20_000
 SUBSETS = 2_000
 _ALL_SUBSETS = 2_000_000
+_ALL_DRAWS = 200_000_000
 _BLOCK = 4_000_000
 
 
@@ -41,7 +42,7 @@ def expected_majority(samples: Sampled, found: Classes, right: Array, k: int, se
             pattern[:, -1].astype(np.int64),
         )
         if k == n:
-            found_values = _winners(count[:, None, :].astype(float), good)
+            found_values = _winners(count[:, None, :], good)
         elif n <= EXACT_SAMPLES:
             found_values = _exact(count, good, silent, int(n), k)
         else:
@@ -152,12 +153,18 @@ def _held_to(others: NDArray[np.int64], silent: NDArray[np.int64], t: int, k: in
 def _drawn(
     count: NDArray[np.int64], good: Array, silent: NDArray[np.int64], k: int, rng: np.random.Generator
 ) -> Array:
-    """[patterns]: over SUBSETS random subsets each."""
-    values = []
-    for votes, value, rest in zip(count, good, silent, strict=True):
-        drawn = rng.multivariate_hypergeometric([*votes, rest], k, size=SUBSETS, method="marginals")[:, :-1]
-        values.append(_winners(drawn[None].astype(float), value[None])[0])
-    return np.array(values)
+    """[patterns]: over SUBSETS random subsets, the same places for all patterns; fewer where that would be more than
+    200 million draws, but at least 50."""
+    n, width = int(count[0].sum() + silent[0]), count.shape[1] + 1
+    number = int(np.clip(_ALL_DRAWS // (k * len(count)), 50, SUBSETS))
+    picks = rng.permuted(np.tile(np.arange(n), (number, 1)), axis=1)[:, :k]
+    values = np.empty(len(count))
+    for i, (votes, value, rest) in enumerate(zip(count, good, silent, strict=True)):
+        of_place = np.repeat(np.arange(width), [*votes, rest])
+        key = of_place[picks] + width * np.arange(number)[:, None]
+        drawn = np.bincount(key.ravel(), minlength=number * width).reshape(1, number, width)[:, :, :-1]
+        values[i] = _winners(drawn, value[None])[0]
+    return values
 
 
 def _subsets(n: int, k: int, items: int, rng: np.random.Generator) -> Array:
@@ -173,7 +180,7 @@ def _subsets(n: int, k: int, items: int, rng: np.random.Generator) -> Array:
     return chosen
 
 
-def _winners(votes: Array, value: Array) -> Array:
+def _winners(votes: Array | NDArray[np.int64], value: Array) -> Array:
     """[items]: mean over subsets of the value of the winners, ties split evenly. votes [items, subsets, classes],
     value [items, classes]. Sums of weights that differ by rounding alone are equal."""
     top = votes.max(axis=2, keepdims=True)

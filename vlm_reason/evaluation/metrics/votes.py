@@ -63,10 +63,10 @@ def maj_at_k(
         mean over the C(n, k) subsets of (right answers among the winners) / (winners)
 
     answers[i] are the canonical answers of item i, gold[i] its right one, or a set of right ones (flat answers with
-    one gold are one item). Without weights the mean is exact for up to 1,024 samples an item
-    (`majority.expected_majority`). weights[i] (reward, exp of the log-probability, min or product of step rewards;
-    >= 0) are summed instead of counted: exact while C(n, k) <= 20,000, else over 2,000 subsets drawn with `seed`
-    (fewer an item beyond 1,000 such items: 2,000,000 in all).
+    one gold are one item). Without weights the mean is exact for up to 128 samples an item
+    (`majority.expected_majority`), over 2,000 subsets drawn with `seed` beyond. weights[i] (reward, exp of the
+    log-probability, min or product of step rewards; >= 0) are summed instead of counted: exact while C(n, k) <=
+    20,000, else over 2,000 subsets (fewer an item beyond 1,000 such items: 2,000,000 in all).
 
     Mean and interval over items as `pass_at_k`; items with fewer than k samples are dropped and counted. An unread
     sample abstains (flag `unparsed`); a subset in which nobody votes is wrong. Not for answers that were not
