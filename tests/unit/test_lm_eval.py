@@ -607,7 +607,16 @@ def test_the_command(folder, adapters, task_files, tmp_path, capfd) -> None:
     assert len(list(SampleStore.open(out / "samples").records())) == 3
     assert main([*arguments[:-2], f"adapters={Path(adapters[0]).parent}", "-o", str(tmp_path / "bayes")]) == 0
     assert "tiny_choices" in capfd.readouterr().out
+    task = json.loads(Path(task_files["choices"]).read_text())
+    lost = tmp_path / "lost.yaml"
+    lost.write_text(
+        json.dumps({**task, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "no.jsonl")}}})
+    )
     for wrong, message in (
+        (
+            ["lm-eval", str(lost), f"model={folder}", "-o", str(out)],
+            "lm-eval cannot load the tasks (FileNotFound",
+        ),
         (["lm-eval", "model=x", "-o", str(out)], "no task: name one"),
         (["lm-eval", "no.yaml", f"model={folder}", "-o", str(out)], "task file 'no.yaml' does not exist"),
         (
@@ -616,4 +625,5 @@ def test_the_command(folder, adapters, task_files, tmp_path, capfd) -> None:
         ),
     ):
         assert main(wrong) == 2
-        assert message in capfd.readouterr().err
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert said.startswith("vlm-reason: ") and message in said

@@ -49,12 +49,21 @@ class RunOptions:
 
 
 class Manager(TaskManager):
-    """lm-eval's, and the tasks it loaded last."""
+    """lm-eval's, and the tasks it loaded last. What it raises for a task that cannot be had is of many kinds."""
 
     tasks: dict[str, ConfigurableTask]
 
     def load(self, *arguments: Any, **options: Any) -> Any:
-        found = super().load(*arguments, **options)
+        try:
+            found = super().load(*arguments, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"lm-eval cannot load the tasks ({type(error).__name__}: {said}); without a network, a task "
+                "reads local files (dataset_path: json, dataset_kwargs: {data_files: ...})"
+            ) from error
         self.tasks = found["tasks"]
         return found
 
