@@ -9,9 +9,9 @@ from .command import Command, Result
 from .output import console, estimate, note, number, table
 
 _DESCRIPTION = """\
-Compute every metric, plot and ranked rationale of stored samples, without a model, and write them as one HTML
-file that fetches nothing. Several stores are compared with the first, on the same problems. A store is a folder
-of `vlm-reason sample` or `import`, or the output folder of a suite."""
+Compute every metric, plot and ranked rationale of stored samples, without a model, and write them as
+one HTML file that fetches nothing. Several stores are compared with the first, on the same problems.
+A store is a folder of `vlm-reason sample` or `import`, or the output folder of a suite."""
 
 _EPILOG = """\
 examples:
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> Result:
     )
     say = (lambda stage: None) if options.quiet else (lambda stage: note(f"report: {stage}"))
     built = build(options.stores, options.ood, config, say)
-    written = write(built, options.output)
+    written = write(built, options.output, say)
     return {**dataclasses.asdict(written), **built.report.to_json()}
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from ...ranking import Outcome, candidates_from_records, outcome, rank, rank_members, split_members
 from ...store import SampleRecord
-from .figures import plain
 from .passages import passages
 from .system import Problems
 from .text import visible
@@ -127,7 +126,7 @@ def _facts(place: Place) -> dict[str, Any]:
         "system": place.system,
         "task": place.task,
         "kind": place.kind,
-        "confidence": round(place.confidence, 6),
+        "confidence": None if math.isnan(place.confidence) else round(place.confidence, 6),
     }
 
 
@@ -190,7 +189,7 @@ def line(place: Place, method: str, system: str, task: str) -> str:
             for n, r in enumerate(rationales, start=1)
         ],
     }
-    return json.dumps(plain(data), ensure_ascii=True, allow_nan=False)
+    return json.dumps(data, ensure_ascii=True, allow_nan=False)
 
 
 def whole(shown: Mapping[str, Any]) -> bool:

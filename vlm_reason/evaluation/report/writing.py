@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...atomic import write_atomically
 from ...errors import UserError
-from .building import Built
+from .building import Built, Progress
 from .page import html
 from .rationales import line
 
@@ -21,7 +21,7 @@ class Written:
     rest_problems: int
 
 
-def write(built: Built, path: str | Path) -> Written:
+def write(built: Built, path: str | Path, progress: Progress = lambda stage: None) -> Written:
     """Each file whole or not at all: first the JSON lines, then the page that names them. A file of JSON lines
     that an earlier report left and this one has no use for is removed, for it would tell of other samples."""
     path = Path(path)
@@ -29,6 +29,7 @@ def write(built: Built, path: str | Path) -> Written:
         raise UserError(f"{str(path)!r} is a folder; give a file such as {str(path / 'report.html')!r}")
     rest = path.with_name(f"{path.stem}.problems.jsonl")
     if built.left_out:
+        progress(f"{len(built.left_out):,} problems to the file beside the page")
         _write_lines(built, rest)
     page = html(built.report, rest.name if built.left_out else None).encode("utf-8", "replace")
     write_atomically(path, page)
