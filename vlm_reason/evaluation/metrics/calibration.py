@@ -234,12 +234,12 @@ def _null_sums(bins: Bins, confidence: Array, draws: int, seed: int) -> BinSums:
             return (generator.random((rows, len(alike.x))) < alike.x) @ one_hot
         return generator.binomial(alike.count, alike.x, (rows, len(alike.x))) @ one_hot
 
-    right = in_rows(draws, len(alike.count), draw)
+    right = _in_rows(draws, len(alike.count), draw)
     n, conf = alike.count @ one_hot, (alike.count * alike.x) @ one_hot
     return BinSums(np.broadcast_to(n, right.shape), right, np.broadcast_to(conf, right.shape))
 
 
-def in_rows(rows: int, cost: int, draw: Callable[[int], Array]) -> Array:
+def _in_rows(rows: int, cost: int, draw: Callable[[int], Array]) -> Array:
     """draw(r) for r rows at a time, stacked, so that no temporary exceeds some ten MB."""
     size = max(1, 1_000_000 // max(cost, 1))
     return np.concatenate([draw(min(size, rows - i)) for i in range(0, rows, size)])
