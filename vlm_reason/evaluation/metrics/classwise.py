@@ -113,7 +113,7 @@ def _matrix(
             "chosen answer"
         )
     vectors, dropped = class_vectors(probabilities, labels, on_invalid)
-    sizes = np.unique(vectors.size)
+    sizes = np.unique(vectors.rows.size)
     if len(sizes) > 1:
         raise UserError(
             f"items have {sizes[0]} to {sizes[-1]} classes; classwise errors need the same classes on every item"
@@ -121,4 +121,4 @@ def _matrix(
     k = int(sizes[0]) if len(sizes) else 1
     if classes is not None and len(sizes) and len(classes) != k:
         raise UserError(f"{len(classes)} names in classes but {k} probabilities an item")
-    return vectors.flat.reshape(-1, k), vectors.label, dropped
+    return vectors.rows.flat.reshape(-1, k), vectors.label, dropped

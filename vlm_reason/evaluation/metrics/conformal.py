@@ -20,8 +20,8 @@ from ...errors import UserError, nearest
 from ...stats import OnInvalid, group_sums, mean_interval, wilson
 from ...types import Estimate
 from .answers import Answers, classes, sampled, unreadable
-from .inputs import Array, share
-from .proper import ClassVectors, Probabilities, class_vectors
+from .inputs import Array, Ragged, share
+from .proper import Probabilities, class_vectors
 
 Score = Literal["lac", "aps"]
 
@@ -114,13 +114,13 @@ def conformal(
         raise UserError(f"unknown score {score!r}{nearest(str(score), ('lac', 'aps'))}")
     calibration, _ = class_vectors(probabilities, labels, on_invalid)
     test, dropped = class_vectors(test_probabilities, test_labels, on_invalid)
-    own = _class_scores(calibration, score)[calibration.start + calibration.label]
+    own = _class_scores(calibration.rows, score)[calibration.rows.start + calibration.label]
     threshold = conformal_quantile(own, alpha)
-    scores = _class_scores(test, score)
+    scores = _class_scores(test.rows, score)
     inside = scores <= threshold + 1e-12
-    sizes = group_sums(test.item, inside.astype(float), len(test.size)).astype(np.int64)
-    members = (np.arange(len(scores)) - test.start[test.item])[inside]
-    covered = inside[test.start + test.label]
+    sizes = group_sums(test.rows.item, inside.astype(float), len(test.rows.size)).astype(np.int64)
+    members = (np.arange(len(scores)) - test.rows.start[test.rows.item])[inside]
+    covered = inside[test.rows.start + test.label]
     flags = () if math.isfinite(threshold) else ("calibration too small",)
     found = _result(alpha, score, len(own), threshold, covered, sizes, members.tolist(), flags)
     return replace(found, coverage=replace(found.coverage, n_dropped=dropped))
@@ -156,7 +156,7 @@ def _below(n: int, alpha: float) -> int:
     return math.floor((n + 1) * alpha + 1e-9)
 
 
-def _class_scores(vectors: ClassVectors, score: Score) -> Array:
+def _class_scores(vectors: Ragged, score: Score) -> Array:
     """[N]: the score of every class of every item."""
     if score == "lac":
         return 1.0 - vectors.flat

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from ...errors import UserError
 from ...stats import OnInvalid, group_sums, mean_interval
 from ...types import Estimate
-from .inputs import Array, Column, clean, ragged
+from .inputs import Array, Column, Ragged, clean, ragged
 
 Probabilities = ArrayLike | Sequence[ArrayLike]
 """[n, K]; or n vectors of lengths K_i that differ; or [n], P(label = 1) of a 0/1 label."""
@@ -24,24 +24,15 @@ SUM_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ClassVectors:
-    """Class probabilities of n items one after the other, [N], with the number of classes [n] and the label [n]."""
+    """Class probabilities of n items, and their labels [n]."""
 
-    flat: Array
-    size: NDArray[np.int64]
+    rows: Ragged
     label: NDArray[np.int64]
-
-    @property
-    def item(self) -> NDArray[np.int64]:
-        return np.repeat(np.arange(len(self.size)), self.size)
-
-    @property
-    def start(self) -> NDArray[np.int64]:
-        return np.cumsum(self.size) - self.size
 
     @property
     def of_label(self) -> Array:
         """[n]: p_i[y_i]."""
-        return self.flat[self.start + self.label]
+        return self.rows.flat[self.rows.start + self.label]
 
 
 def nll(
@@ -87,9 +78,9 @@ def brier_multiclass(
 ) -> Estimate:
     """mean sum_k (p_k - 1[k = y])^2 in [0, 2] (Brier 1950); K may differ between items; t interval over items."""
     vectors, dropped = class_vectors(probabilities, labels, on_invalid)
-    error = vectors.flat.copy()
-    error[vectors.start + vectors.label] -= 1.0
-    loss = group_sums(vectors.item, error**2, len(vectors.size))
+    error = vectors.rows.flat.copy()
+    error[vectors.rows.start + vectors.label] -= 1.0
+    loss = group_sums(vectors.rows.item, error**2, len(vectors.label))
     return _mean(loss, dropped, "brier multiclass")
 
 
@@ -114,7 +105,7 @@ def class_vectors(
         i = int(np.argmin(keep))
         row = rows.flat[rows.start[i] : rows.start[i] + rows.size[i]]
         raise UserError(f"item {i}: {_complaint(row, float(label[i]))}; mend it, or pass on_invalid='drop'")
-    return ClassVectors(rows.flat[keep[item]], rows.size[keep], label[keep].astype(np.int64)), int(
+    return ClassVectors(Ragged(rows.flat[keep[item]], rows.size[keep]), label[keep].astype(np.int64)), int(
         (~keep).sum()
     )
 
