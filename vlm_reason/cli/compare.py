@@ -79,7 +79,9 @@ def _show(result: Result) -> None:
                 estimate(d),
                 number(d["p"], ".2g"),
                 number(holm, ".2g"),
-                number(d["mde"]),
+                "-"
+                if "degenerate" in d["flags"]
+                else number(d["mde"]),  # no spread was seen: nothing is known of it
                 str(d["n"]),
                 verdict,
             )
