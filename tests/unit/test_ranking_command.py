@@ -88,7 +88,7 @@ def test_all_methods_side_by_side(tmp_path: Path, capfd, served) -> None:
     gain = mixture["minus_majority"]
     assert (gain["wins"], gain["losses"], gain["ties"]) == (6, 0, 1) and gain["value"] == pytest.approx(6 / 7)
     assert set(result["skipped"]) == {"best_of_n_reward", "best_of_n_min", "best_of_n_prod", "best_of_n_last"}
-    assert result["skipped"]["best_of_n_min"] == "the samples have no steps"
+    assert result["skipped"]["best_of_n_min"] == "the samples have no step_rewards"
     assert result["answers"]["p00"]["majority"] == "2" and result["answers"]["p00"]["mixture"] == "1"
     assert mixture["mass"] == pytest.approx(0.9)
     assert main(["rank", str(tmp_path / "recipe.yaml"), "--method", "all"]) == 0

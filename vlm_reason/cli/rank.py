@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ALL = "all"
 BASELINE = "majority"
 SHOWN = 12
+STORED_AS = {"steps": "step_rewards"}
 
 _DESCRIPTION = """\
 Rank the samples in OUTPUT_DIR/samples: for each problem a posterior over answers and one over
@@ -76,7 +77,9 @@ def _run(options: argparse.Namespace) -> Result:
     ranked: dict[str, Ranked] = {}
     rankings: dict[str, Mapping[str, Ranking | MemberRanking]] = {}
     for method in methods:
-        missing = sorted({f for own in known.values() for c in own for f in lacking(c, method)})
+        missing = sorted(
+            {STORED_AS.get(f, f) for own in known.values() for c in own for f in lacking(c, method)}
+        )
         if missing and options.method == ALL:
             skipped[method] = unscored or f"the samples have no {', '.join(missing)}"
             continue
