@@ -297,6 +297,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_or_counted_never_cut(
     assert result["tasks"]["low"]["too_long"] == ["long"] and result["tasks"]["low"]["problems"] == 7
     row = rows(result, "low")["accuracy"]
     assert "too_long=1" in row["flags"] and row["n"] == 28
+    assert rows(result, "low")["pass@4"]["n"] == 7 and rows(result, "low")["truncated"]["n"] == 24
     assert rows(result, "low")["answer_accuracy"]["n"] == 7 and result["items"]["low"]["long"]["correct"] == 0
     assert all(r.problem_id != "long" for r in stored(config, "low"))
     assert not any("too_long" in flag for flag in rows(result, "high")["accuracy"]["flags"])

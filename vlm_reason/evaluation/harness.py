@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,9 +168,12 @@ def _check_finite(trace: Trace, weights: str) -> None:
             )
 
 
-def summarise(records: Sequence[SampleRecord], seconds: float = 0.0, members: bool = False) -> EvalResult:
+def summarise(
+    records: Sequence[SampleRecord], seconds: float = 0.0, members: bool = False, undrawn: Sequence[str] = ()
+) -> EvalResult:
     """The result of judged records of one model, or with `members` of an equal mixture of several. A cut trace
     counts as one wrong sample for each answer it did not get, so that it weighs as much as any other trace.
+    undrawn: problems that could not be asked, which have as many traces as the others, all wrong.
     UserError for records without verdicts and, unless `members`, of several models."""
     if not members:
         _check_one_model(records)
@@ -179,16 +183,19 @@ def summarise(records: Sequence[SampleRecord], seconds: float = 0.0, members: bo
         traces.setdefault((record.problem_id, record.k, record.seed), []).append(record)
     items = [problem for problem, _, _ in traces]
     right = [sum(bool(r.correct) for r in group) / len(group) for group in traces.values()]
+    each = max(Counter(items).values(), default=1)
+    judged = items + [problem for problem in undrawn for _ in range(each)]
+    right += [0.0] * (each * len(undrawn))
     asked = [(problem, r) for (problem, _, _), group in traces.items() for r in group if r.answered]
-    per_problem = _mean_by_item(items, right)
+    per_problem = _mean_by_item(judged, right)
     firsts = [group[0] for group in traces.values()]
     return EvalResult(
         problems=len(per_problem),
-        accuracy=accuracy(right, items),
+        accuracy=accuracy(right, judged),
         unparsed=_share([r.canonical is None for _, r in asked], [problem for problem, _ in asked]),
         truncated=_share([not r.complete for r in firsts], items),
         trace_length=clustered([float(len(r.trace_ids)) for r in firsts], items),
-        pass_at=_pass_at(traces),
+        pass_at=_pass_at(traces, dict.fromkeys(undrawn, each)),
         per_problem=per_problem,
         verifier_failures=sum(bool(r.failed) for _, r in asked),
         tokens=sum(len(r.trace_ids) for r in firsts) + sum(len(r.answer_ids) for _, r in asked),
@@ -230,11 +237,13 @@ def _share(flags: Sequence[bool], items: Sequence[str]) -> Estimate:
     return accuracy([float(flag) for flag in flags], items)
 
 
-def _pass_at(traces: Mapping[TraceKey, Sequence[SampleRecord]]) -> dict[int, Estimate]:
+def _pass_at(
+    traces: Mapping[TraceKey, Sequence[SampleRecord]], undrawn: Mapping[str, int]
+) -> dict[int, Estimate]:
     """pass@k over traces, the first answer of each: draws behind one trace are not independent draws of the
-    model."""
-    n: dict[str, int] = {}
-    right: dict[str, int] = {}
+    model. undrawn: problem -> traces it would have had, all wrong."""
+    n: dict[str, int] = dict(undrawn)
+    right: dict[str, int] = dict.fromkeys(undrawn, 0)
     for (problem, _, _), group in traces.items():
         n[problem] = n.get(problem, 0) + 1
         right[problem] = right.get(problem, 0) + bool(group[0].correct)

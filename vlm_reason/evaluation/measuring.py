@@ -55,9 +55,8 @@ def measure(
 ) -> Measured:
     """records: judged samples, of M = `members` models. believed: problem -> belief, empty with one sample a problem.
     too_long: problems that were never drawn, which count as wrong. No record at all gives rows of NaN, flagged."""
-    result = summarise(records, members=members > 1)
-    per_problem = {**result.per_problem, **dict.fromkeys(too_long, 0.0)}
-    rows = {**result.rows(), "accuracy": _with_too_long(records, result.accuracy, too_long)}
+    result = summarise(records, members=members > 1, undrawn=too_long)
+    rows = result.rows()
     if believed:
         rows |= answer_rows(believed, too_long)
         rows |= belief_rows(list(believed.values()), members)
@@ -65,24 +64,11 @@ def measure(
     rows = {name: replace(row, flags=(*row.flags, *flag)) for name, row in rows.items()}
     items = {
         problem: {"correct": value, **(believed[problem].to_json() if problem in believed else {})}
-        for problem, value in per_problem.items()
+        for problem, value in result.per_problem.items()
     }
     if believed:
         items |= {p: {"correct": 0.0, "right": False, "confidence": 0.0} for p in too_long}
     return Measured(rows, items, result.verifier_failures)
-
-
-def _with_too_long(records: Sequence[SampleRecord], plain: Estimate, too_long: Sequence[str]) -> Estimate:
-    """The accuracy with problems that did not fit as wrong ones: one wrong trace for each trace of the others."""
-    if not too_long:
-        return plain
-    traces: dict[tuple[str, int, int], list[float]] = {}
-    for r in records:
-        traces.setdefault((r.problem_id, r.k, r.seed), []).append(float(bool(r.correct)))
-    each = max(1, round(len(traces) / max(1, len({problem for problem, _, _ in traces}))))
-    values = [sum(group) / len(group) for group in traces.values()] + [0.0] * (each * len(too_long))
-    items = [problem for problem, _, _ in traces] + [p for p in too_long for _ in range(each)]
-    return accuracy(values, items)
 
 
 def answer_rows(believed: Mapping[str, Belief], too_long: Sequence[str] = ()) -> dict[str, Estimate]:
