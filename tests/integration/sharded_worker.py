@@ -61,10 +61,12 @@ RUNS: dict[str, Run] = {
     "vr": Run("vr", {"evidence": "logp", "ratio": "none", "partner": "posterior"}),  # two adapters alternate
     "both": Run("iwae", sharded=CHECKPOINTED),  # two adapters in one step
     "full": Run("jepo", adapters=False),  # the model's own weights
-    "bf16": Run("sft", dtype="bfloat16", settings={"rounds": 3}),  # fp32 adapters on a bf16 base
+    "bf16": Run("sft", dtype="bfloat16"),  # fp32 adapters on a bf16 base
     "mixed": Run("sft", settings={"rounds": 3, "bf16": True}),  # fp32 weights or masters, computed in bf16
 }
-RESUMED = ("vr", "full", "mixed")
+RESUMED = {  # only ZeRO keeps weights beside those it computes with
+    "ddp": ("vr", "full"), "fsdp2": ("vr", "full"), "zero2": ("vr", "full", "mixed"), "zero3": ("vr", "full", "mixed"),
+}  # fmt: skip
 STOP = 4  # one step behind checkpoint-3
 MODES: dict[str, dict[str, Any]] = {
     "one": {},
@@ -99,8 +101,8 @@ def make(
             "prompts_per_step": 4,
             "window_epochs": 1,
             "rounds": 2,
-            "traces_per_prompt": 6,
-            "max_trace_tokens": 24,
+            "traces_per_prompt": 4,
+            "max_trace_tokens": 16,
             "max_answer_tokens": 4,
             "tokens_per_microbatch": 96,
             "learning_rate": 1e-2,
@@ -243,7 +245,7 @@ def main(folder: Path, modes: list[str]) -> None:
         else:
             brief = mode == "zero3_offload"  # what it shares with zero3 is tested there
             jobs += [partial(whole_run, folder, mode, run) for run in (("vr", "both") if brief else RUNS)]
-            jobs += [partial(stopped_run, folder, mode, run) for run in (() if brief else RESUMED)]
+            jobs += [partial(stopped_run, folder, mode, run) for run in RESUMED.get(mode, ())]
         for job in jobs:
             with clean_environment():
                 job()

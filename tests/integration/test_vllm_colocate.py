@@ -82,10 +82,8 @@ def test_greedy_completions_are_those_of_the_hf_engine(measured, kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_sync_changes_what_is_sampled_and_only_sync_does(measured, kind: str) -> None:
     found = measured(kind)
-    assert (
-        found["before_sync_alike"] == found["asked"]
-    )  # weights changed in training are not served until they are sent
-    assert found["same_version_alike"] == found["asked"]
+    # weights changed in training are not served until they are sent
+    assert found["before_sync_alike"] == found["same_version_alike"] == found["few"] == 6
     assert found["moved"] > 0.1
     assert found["synced"] < FP32  # a changed adapter's log-probabilities through vLLM are PEFT's
     assert found["later_and_scored"] < FP32
@@ -95,7 +93,7 @@ def test_sync_changes_what_is_sampled_and_only_sync_does(measured, kind: str) ->
 def test_the_ways_of_sync_agree(measured, kind: str) -> None:
     """The same requests under the same law: served as an adapter, merged, or (the reasoner's) as a model of its own."""
     adapter, other = ({c[4]: c for c in measured(name)["drawn"]} for name in ("adapter", kind))
-    assert len(adapter) == 24 and len(other) == (12 if kind == "full" else 24)
+    assert len(adapter) == 18 and len(other) == (9 if kind == "full" else 18)
     for seed, theirs in other.items():
         assert adapter[seed][0] == theirs[0]
         assert adapter[seed][1] == pytest.approx(theirs[1], abs=FP32)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.resume.test_resume import PROBLEMS, TEMPLATE, StopAfter, losses, samples, trainer
+from vlm_reason.engines.base import EngineLost
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.errors import UserError
 from vlm_reason.models.adapters import AdapterConfig, add_adapters, load_adapters, use_adapter
@@ -167,6 +168,39 @@ def test_a_thread_changes_nothing(tiny_llama, tiny_tokenizer, tmp_path):
     assert any(name.startswith("rollout-ahead") for name in engine.threads)
     assert losses(tmp_path / "beside") == losses(tmp_path / "before")
     assert samples(tmp_path / "beside") == samples(tmp_path / "before")
+
+
+class Endless(OwnWeights):
+    """Ahead of training it samples until it is closed."""
+
+    def follow(self, model) -> None:
+        super().follow(model)
+        self.closed = threading.Event()
+
+    def sample(self, requests, progress=None):
+        if threading.current_thread().name.startswith("rollout-ahead"):
+            assert self.closed.wait(120)
+            raise EngineLost("closed")
+        return super().sample(requests, progress)
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_ctrl_c_ends_what_is_drawn_ahead(tiny_llama, tiny_tokenizer, tmp_path):
+    """Else the process would wait for it: a thread that draws is not left behind."""
+    args = trainer(tiny_llama, tiny_tokenizer, tmp_path / "other", build("rws"), **SETTINGS).args.to_dict()
+    engine = Endless(tiny_llama, tiny_tokenizer)
+    own = TraceTrainer(
+        tiny_llama, TraceConfig(**{**args, "output_dir": str(tmp_path / "run"), "max_steps": -1, "save_steps": 100}),
+        build("rws"), PROBLEMS, template=TEMPLATE, verifier="number", tokenizer=tiny_tokenizer,
+        adapter=AdapterConfig(r=2, alpha=4), engine=engine, show_progress=False,
+    )  # fmt: skip
+    engine.follow(own.model)
+    own.add_callback(StopAfter(2))
+    with pytest.raises(KeyboardInterrupt):
+        own.train()
+    assert engine.closed.is_set()
 
 
 @pytest.mark.parametrize(
