@@ -95,7 +95,10 @@ def test_killed_and_resumed_equals_untouched(builtin_model_dir: Path, tmp_path: 
 
     process = start(config(stopped))
     deadline = time.monotonic() + PATIENCE
-    while len(steps(stopped)) < 5:  # the first of the two steps of the third window
+    written = stopped / "metrics.jsonl"
+    while (
+        not written.is_file() or written.read_text().count("\n") < 5
+    ):  # the first of the two steps of the third window
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -44,5 +44,6 @@ class RowLog:
         if self._ranks.main:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in self._rows)
+                # in one piece: whoever follows the file, or a kill, does not meet half a row
+                stream.write("".join(json.dumps(row) + "\n" for row in self._rows))
         self._rows, self._shares = [], []
