@@ -1,7 +1,7 @@
 """Headless Chromium, driven over its DevTools protocol through two pipes: no port, no driver, no library.
 
     with Chromium() as browser:
-        page = browser.open("file:///tmp/report.html")
+        page = browser.open("file:///somewhere/report.html")
         page.run("document.title")
 
 A page records what went wrong in it: `errors` (console errors, uncaught exceptions, refused by its policy) and

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from .figures import Difference, Row
@@ -12,73 +13,83 @@ from .svg import Scale, esc, interval_mark
 
 SIGNIFICANT = 0.05
 MINUS, FIGURE_SPACE = "\u2212", "\u2007"
+PICTURE = '<td class="optional"></td>'
 ARROWS = {1: ("↑", "higher is better"), -1: ("↓", "lower is better"), 0: ("", "")}
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What all rows of a table share: names of the systems, most digits of a value, is there a comparison."""
+
+    systems: Sequence[str]
+    digits: int
+    compared: bool
+
+    @property
+    def several(self) -> bool:
+        return len(self.systems) > 1
+
+
 def metric_table(rows: Sequence[Row], systems: Sequence[str]) -> str:
-    several = len(systems) > 1
-    digits = max((row.digits for row in rows), default=3)
-    head = ["<th scope=col>metric</th>"]
-    head += ["<th scope=col>system</th>"] if several else []
-    head += ['<th scope=col class="num">value</th>', '<th scope=col class="num">95% interval</th>']
-    head += [
-        '<th scope=col class="optional"><span class="soft"></span></th>',
-        '<th scope=col class="num">n</th>',
-    ]
-    if several:
-        head += [
-            f'<th scope=col class="num">difference from {esc(systems[0])}</th>',
-            '<th scope=col class="num">95% interval</th>',
-            '<th scope=col class="num">p</th>',
-        ]
-    bodies = "".join(
-        _family(list(own), systems, digits) for _, own in groupby(rows, key=lambda row: row.family)
+    """With the columns of a comparison where any row has a difference."""
+    shape = _Shape(
+        systems, max((row.digits for row in rows), default=3), any(row.difference is not None for row in rows)
     )
-    return f'<div class="scroll"><table class="metrics"><thead><tr>{"".join(head)}</tr></thead>{bodies}</table></div>'
+    bodies = "".join(_family(list(own), shape) for _, own in groupby(rows, key=lambda row: row.family))
+    return f'<div class="scroll"><table class="metrics"><thead><tr>{_head(shape)}</tr></thead>{bodies}</table></div>'
 
 
-def _family(rows: Sequence[Row], systems: Sequence[str], digits: int) -> str:
-    groups = (_group(list(own), systems, digits) for _, own in groupby(rows, key=lambda row: row.key))
+def _head(shape: _Shape) -> str:
+    names = ["metric", *(["system"] if shape.several else [])]
+    numbers = ["value", "95% interval", "", "n"]
+    if shape.compared:
+        numbers += [f"difference from {shape.systems[0]}", "95% interval", "p"]
+    cells = [f'<th scope="col">{name}</th>' for name in names]
+    cells += [f'<th scope="col" class="num">{esc(name)}</th>' if name else PICTURE for name in numbers]
+    return "".join(cells)
+
+
+def _family(rows: Sequence[Row], shape: _Shape) -> str:
+    groups = (_group(list(own), shape) for _, own in groupby(rows, key=lambda row: row.key))
     return f'<tbody class="family">{"".join(groups)}</tbody>'
 
 
-def _group(rows: Sequence[Row], systems: Sequence[str], digits: int) -> str:
+def _group(rows: Sequence[Row], shape: _Shape) -> str:
+    """The rows of one metric on one scale, with a tick at the first system's value."""
     scale = _scale(rows)
     reference = rows[0].estimate.value if len(rows) > 1 else None
-    return "".join(_line(n, row, len(rows), systems, scale, reference, digits) for n, row in enumerate(rows))
+    lines = []
+    for n, row in enumerate(rows):
+        picture = interval_mark(*_ends(row), scale, reference, f"s{row.system}")
+        lead = _metric_cell(row, len(rows)) if n == 0 else ""
+        lines.append(f"<tr{' class=first' if n == 0 else ''}>{lead}{_cells(row, picture, shape)}</tr>")
+    return "".join(lines)
 
 
-def _line(
-    n: int, row: Row, height: int, systems: Sequence[str], scale: Scale, reference: float | None, digits: int
-) -> str:
+def _metric_cell(row: Row, height: int) -> str:
+    arrow, words = ARROWS[row.direction]
+    mark = (
+        f'<span class="arrow" role="img" aria-label="{words}" title="{words}">{arrow}</span>' if arrow else ""
+    )
+    return (
+        f'<th scope="row" rowspan="{height}"><abbr title="{esc(row.note)}">{esc(row.label)}</abbr>{mark}</th>'
+    )
+
+
+def _cells(row: Row, picture: str, shape: _Shape) -> str:
+    name, e = shape.systems[row.system], row.estimate
     cells = []
-    if n == 0:
-        arrow, words = ARROWS[row.direction]
-        mark = (
-            f'<span class="arrow" role="img" aria-label="{words}" title="{words}">{arrow}</span>'
-            if arrow
-            else ""
-        )
-        cells.append(
-            f'<th scope="row" rowspan="{height}"><abbr title="{esc(row.note)}">{esc(row.label)}</abbr>{mark}</th>'
-        )
-    if len(systems) > 1:
-        name = systems[row.system]
-        cells.append(
-            f'<td class="who s{row.system}" title="{esc(name)}"><span class="dot"></span>{esc(name)}</td>'
-        )
-    e = row.estimate
-    picture = interval_mark(*_ends(row), scale, reference, f"s{row.system}")
+    if shape.several:
+        dot = '<span class="dot"></span>'
+        cells.append(f'<td class="who s{row.system}" title="{esc(name)}">{dot}{esc(name)}</td>')
     flags = f' title="{esc(", ".join(e.flags))}"' if e.flags else ""
     cells += [
-        f'<td class="num value"{flags}>{_aligned(e.value, row.digits, digits)}</td>',
+        f'<td class="num value"{flags}>{_aligned(e.value, row.digits, shape.digits)}</td>',
         f'<td class="num interval">{interval_text(e.ci, row.digits)}</td>',
         f'<td class="optional">{picture}</td>',
         f'<td class="num count">{e.n:,}{_dropped(e.n_dropped)}</td>',
     ]
-    if len(systems) > 1:
-        cells += _difference(row)
-    return f"<tr{' class=first' if n == 0 else ''}>{''.join(cells)}</tr>"
+    return "".join([*cells, *(_difference(row) if shape.compared else ())])
 
 
 def _ends(row: Row) -> tuple[float, float, float]:
