@@ -117,7 +117,7 @@ def test_disagreement_is_told_from_noise() -> None:
         [0, math.log(2), math.log(2)], abs=1e-12
     )
     assert [b.expected_entropy for b in believed.values()] == pytest.approx([0, math.log(2), 0], abs=1e-12)
-    assert [b.plug_in for b in believed.values()] == pytest.approx([0, 0, math.log(2)], abs=1e-12)
+    assert [b.mutual_information for b in believed.values()] == pytest.approx([0, 0, math.log(2)], abs=1e-12)
     assert [a.problem_id for a in acquire(believed, "bald", 1)] == ["p2"]
     assert {a.problem_id for a in acquire(believed, "entropy", 2)} == {"p1", "p2"}
     assert {a.problem_id for a in acquire(believed, "least_confidence", 2)} == {"p1", "p2"}

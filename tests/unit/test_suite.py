@@ -132,7 +132,8 @@ def test_members_are_mixed_and_their_ids_are_in_the_store(suite: Suite, model: P
         assert item["entropy"] == pytest.approx(total, abs=1e-12)
         assert item["expected_entropy"] == pytest.approx(expected, abs=1e-12)
         if len(shares) > 1:
-            assert item["mutual_information"] <= total - expected + 1e-9
+            assert item["mutual_information"] == pytest.approx(total - expected, abs=1e-9)
+            assert 0 <= item["mutual_information_corrected"] <= item["mutual_information"] + 1e-9
     assert {"total_entropy", "expected_entropy", "mutual_information"} <= set(rows(result, "low"))
 
 

@@ -69,7 +69,7 @@ def _bald(believed: Mapping[str, Belief], size: int) -> list[Acquired]:
         return []
     probabilities = member_probabilities([believed[n] for n in names], members)
     picked = bald_batch(probabilities, min(size, len(names)))
-    return [Acquired(names[i], believed[names[i]].mutual_information) for i in picked]
+    return [Acquired(names[i], believed[names[i]].mutual_information_corrected) for i in picked]
 
 
 def member_probabilities(believed: Sequence[Belief], members: int) -> NDArray[np.float64]:

@@ -7,9 +7,9 @@
     mutual information  H[P] - mean_m H[P_m] >= 0   what they disagree about (epistemic; BALD, Houlsby et al. 2011,
                                                     arXiv 1112.5745)
 
-in nats. `plug_in` is that difference as it comes out; few samples a member make it too high, and `mutual_information`
-has the expected excess taken off (ranking.members). Where no answer could be read the confidence is 0 and the entropies
-are NaN; with fewer than two members that have a readable answer the mutual information is NaN.
+in nats. Few samples a member make that difference too high: `mutual_information_corrected` has the expected excess
+taken off (ranking.members). Where no answer could be read the confidence is 0 and the entropies are NaN; with fewer
+than two members that have a readable answer the mutual information is NaN.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Belief:
 
     @property
     def mutual_information(self) -> float:
-        return self.ranking.mutual_information if self.heard > 1 else math.nan
+        return self.ranking.plug_in if self.heard > 1 else math.nan
 
     @property
-    def plug_in(self) -> float:
-        return self.ranking.plug_in if self.heard > 1 else math.nan
+    def mutual_information_corrected(self) -> float:
+        return self.ranking.mutual_information if self.heard > 1 else math.nan
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -87,6 +87,7 @@ class Belief:
             "entropy": self.total_entropy,
             "expected_entropy": self.expected_entropy,
             "mutual_information": self.mutual_information,
+            "mutual_information_corrected": self.mutual_information_corrected,
         }
 
 

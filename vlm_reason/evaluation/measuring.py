@@ -3,7 +3,8 @@
     of the samples    accuracy, unparsed, truncated, trace_tokens, pass@k
     of the answer that the ranker chose from several samples    answer_accuracy, and of its confidence: ece, brier, nll,
                       auroc, aurc, prr
-    of the uncertainty in nats, mean over problems    total_entropy, expected_entropy, mutual_information
+    of the uncertainty in nats, mean over problems    total_entropy, expected_entropy, mutual_information, and that
+                      with the excess of few samples taken off
 
 The denominator is fixed: what was cut, what cannot be read and what did not fit the context is wrong and counted.
 """
@@ -25,7 +26,7 @@ from .metrics import accuracy, aurc, auroc, brier_top, ece, nll, prr
 
 SAMPLE_ROWS = ("accuracy", "unparsed", "truncated", "trace_tokens")
 ANSWER_ROWS = ("answer_accuracy", "ece", "brier", "nll", "auroc", "aurc", "prr")
-BELIEF_ROWS = ("total_entropy", "expected_entropy", "mutual_information")
+BELIEF_ROWS = ("total_entropy", "expected_entropy", "mutual_information", "mutual_information_corrected")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def belief_rows(believed: Sequence[Belief], members: int) -> dict[str, Estimate]
         "total_entropy": [b.total_entropy for b in believed],
         "expected_entropy": [b.expected_entropy for b in believed],
         "mutual_information": [b.mutual_information for b in believed],
+        "mutual_information_corrected": [b.mutual_information_corrected for b in believed],
     }
     names = BELIEF_ROWS[:1] if members == 1 else BELIEF_ROWS
     return {name: mean_interval(values[name], on_invalid="drop") for name in names}

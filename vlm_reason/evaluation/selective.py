@@ -153,7 +153,7 @@ def ood_scores(inside: Sequence[Belief], outside: Sequence[Belief]) -> dict[str,
     values = {
         "one_minus_confidence": lambda b: 1 - b.confidence,
         "entropy": lambda b: b.total_entropy,
-        "mutual_information": lambda b: b.mutual_information,
+        "mutual_information": lambda b: b.mutual_information_corrected,
     }
     several = any(len(b.ranking.members) > 1 for b in (*inside, *outside))
     positive = np.array([0] * len(inside) + [1] * len(outside))
