@@ -389,6 +389,8 @@ class TraceTrainer(ShardedTrainer):
                                  learning_rate=None) -> None:  # fmt: skip
         """After each optimiser step (transformers calls it once more at the end of the epoch): write its row."""
         if self._row:
+            if not self._row["rows"]:  # DeepSpeed goes on reporting that of the step before
+                grad_norm = 0.0
             self._row = {
                 "step": self.state.global_step,
                 "loss": None,
