@@ -506,3 +506,23 @@ def test_too_many_systems_are_refused(tmp_path: Path) -> None:
     records = [r for i in range(7) for r in votes("a", ["1", "2"], weights=f"w{i}")]
     with pytest.raises(UserError, match="7 systems in these stores .*; a report takes at most 6"):
         build([store_of(tmp_path / "s", records)])
+
+
+def test_options_with_probabilities_are_confidence_and_disagreement(tmp_path: Path) -> None:
+    """Two members: both (0.8, 0.2) on even problems; (0.9, 0.1) and (0.1, 0.9) on odd ones."""
+    import dataclasses
+
+    records = []
+    for i in range(20):
+        for m in range(2):
+            p = (0.8, 0.2) if i % 2 == 0 else ((0.9, 0.1), (0.1, 0.9))[m]
+            r = record(f"c{i}", 0, "AB"[p[1] > p[0]], p[0] > p[1], reference="A", member=m, weights=f"w{m}")
+            extra = {"choice_logps": [math.log(x) for x in p], "choice_gold": 0}
+            records.append(dataclasses.replace(r, extra=extra))
+    figures = {f.kind: f for f in build([store_of(tmp_path / "s", records)]).report.tasks[0].figures}
+    assert figures["reliability"].data["of"] == "choices"
+    counts = figures["mutual_information"].data["counts"]
+    assert sum(counts["right"]) + sum(counts["wrong"]) == 20
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert figures["mutual_information"].data["edges"][-1] == pytest.approx(math.log(2) - entropy)
+    assert counts["right"][0] >= 10

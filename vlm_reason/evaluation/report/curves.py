@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...types import Estimate
 from .. import metrics
-from ..items import Array
+from ..items import Array, draw_probabilities
 from .figures import Figure
 from .system import Problems
 
@@ -132,21 +132,35 @@ def semantic_entropies(p: Problems) -> Array:
 
 
 def mutual_information(p: Problems, system: int, ood: Problems | None) -> Figure:
-    """What the members of the posterior disagree about (BALD), Miller-Madow corrected, split as `entropy`."""
+    """What the members of the posterior disagree about (BALD), split as `entropy`: of the probabilities of
+    options where they are stored, else of the sampled answers, Miller-Madow corrected."""
     title = "Disagreement of members"
     if len(p.members) < 2:
         why = "Mutual information needs samples of two or more members of a weight posterior; this is one model."
         return _missing("mutual_information", title, why, system)
+    other = ood if ood is not None and ood.members == p.members else None
+    if "mutual_information_corrected" not in p.summary.estimates:
+        if "mutual_information" not in p.summary.estimates:
+            why = p.summary.skipped.get("mutual_information", "it could not be computed")
+            return _missing("mutual_information", title, f"No mutual information: {why}.", system)
+        values = _of_options(p)
+        data = _split(values, p.right, None if other is None else _of_options(other))
+        return Figure("mutual_information", title, _split_sentence(values, p.right), data, None, system)
     own = metrics.answer_disagreement(p.by_member())
-    other = None if ood is None or ood.members != p.members else metrics.answer_disagreement(ood.by_member())
-    data = _split(own.miller_madow, p.right, None if other is None else other.miller_madow)
+    outside = None if other is None else metrics.answer_disagreement(other.by_member()).miller_madow
+    data = _split(own.miller_madow, p.right, outside)
     data |= {"null_mean": float(np.nanmean(own.null_mean)), "members": len(p.members)}
-    share = float(np.mean(own.p < 0.05))
     finding = (
-        f"{_split_sentence(own.miller_madow, p.right)} On {share:.0%} of the problems the members differ more "
-        "than samples of one model would (p < 0.05)."
+        f"{_split_sentence(own.miller_madow, p.right)} On {np.mean(own.p < 0.05):.0%} of the problems the members "
+        "differ more than samples of one model would (p < 0.05)."
     )
     return Figure("mutual_information", title, finding, data, None, system)
+
+
+def _of_options(p: Problems) -> Array:
+    """[n] mutual information of the members' probabilities of the options, one draw a member."""
+    members = draw_probabilities(p.items).reshape(len(p), len(p.members), -1)
+    return metrics.disagreement(members.transpose(1, 0, 2)).mutual_information
 
 
 def _split(values: Array, right: NDArray[np.bool_], ood: Array | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def draw_entropy(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> 
 
 
 def draw_mutual_information(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
-    return _draw(name, data, "mutual information (nats, Miller-Madow)", "Mutual information between members")
+    return _draw(name, data, "mutual information (nats)", "Mutual information between members")
 
 
 def draw_variance(name: str, data: Mapping[str, Any], systems: Sequence[str]) -> str:
