@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -201,6 +202,37 @@ def test_the_statistics_are_the_values_of_the_metrics() -> None:
             ("prr", metrics.prr(-confidence, 1 - right)),
         ):
             assert getattr(differences, name)(confidence, right) == pytest.approx(own.value, abs=1e-12), name
+
+
+def test_answers_that_could_not_be_read_agree_with_nothing_in_differences_too(tmp_path: Path) -> None:
+    """Four unread answers are four classes; a problem whose rationales were all cut has no share of unread ones."""
+    mute = {"canonical": None, "parsed": None, "correct": False}
+    a = [
+        dataclasses.replace(r, **mute) if r.canonical == "3" else r
+        for r in [*votes("x0", "3333"), *votes("x1", "1233")]
+    ]
+    b = [*votes("x0", ["1"] * 4, weights="b"), *votes("x1", ["1"] * 4, weights="b")]
+    c = [*votes("x0", ["1", "1", "1", None], weights="c"), *votes("x1", [None] * 4, weights="c")]
+    c[3] = dataclasses.replace(record("x0", 3, "?", False, weights="c"), **mute)
+    built = build([store_of(tmp_path / name, r) for name, r in (("a", a), ("b", b), ("c", c))])
+    rows = {(r.key, r.system): r for r in built.report.tasks[0].rows}
+    for key in ("semantic_entropy", "unparsed"):
+        for system in (1, 2):
+            expected = rows[key, system].estimate.value - rows[key, 0].estimate.value
+            assert rows[key, system].difference.value == pytest.approx(expected)  # type: ignore[union-attr]
+    assert rows["semantic_entropy", 0].estimate.value == pytest.approx(np.log(4))
+    assert rows["unparsed", 0].estimate.value == 0.75 and rows["unparsed", 2].estimate.value == 0.25
+
+
+def test_members_without_a_readable_answer_do_not_agree_on_it(tmp_path: Path) -> None:
+    records = [
+        *votes("x0", [None, None], member=0, weights="w0"), *votes("x0", ["1", "1"], member=1, weights="w1"),
+        *votes("x1", ["1", "2"], member=0, weights="w0"), *votes("x1", ["2", None], member=1, weights="w1"),
+    ]  # fmt: skip
+    [system] = read_systems([store_of(tmp_path / "s", records)])
+    problems = system.tasks["x"]
+    one, two = problems.columns.answers.index("1"), problems.columns.answers.index("2")
+    assert problems.by_member() == [[[None, None], [one, one]], [[one, two], [two, None]]]
 
 
 def test_the_tie_band_holds_every_order_and_no_more() -> None:
@@ -481,6 +513,7 @@ def test_the_command_prints_a_table(store: Path, tmp_path: Path, capsys: pytest.
     ("arguments", "message"),
     [
         (["NOWHERE"], "no samples in 'NOWHERE'; draw some first (vlm-reason sample), or import some"),
+        (["EMPTY"], "empty'; draw some first (vlm-reason sample), or import some"),
         (["STORE", "--method", "majorty"], "unknown ranking method 'majorty'; did you mean 'majority'?"),
         (["STORE", "--method", "mixture"], "mixture needs logp_answer"),
         (["STORE", "--target-risk", "2"], "target risk must be between 0 and 1, got 2"),
@@ -494,7 +527,10 @@ def test_bad_input_is_one_line(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     other = store_of(tmp_path / "other", votes("x", ["1", "2"], weights="b"))
-    known = {"STORE": str(store), "OTHER": str(other)}
+    empty = tmp_path / "empty"  # what a writer that was stopped before its first sample leaves
+    empty.mkdir()
+    (empty / "segment-0-0-0.jsonl").touch()
+    known = {"STORE": str(store), "OTHER": str(other), "EMPTY": str(empty)}
     extra = [] if "-o" in arguments else ["-o", str(tmp_path / "r.html")]
     assert main(["report", *(known.get(a, a) for a in arguments), *extra, "--quiet"]) == 2
     err = capsys.readouterr().err

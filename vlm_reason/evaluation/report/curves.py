@@ -128,7 +128,7 @@ def entropy(p: Problems, system: int, ood: Problems | None) -> Figure:
 
 
 def semantic_entropies(p: Problems) -> Array:
-    return metrics.semantic_entropies([own.tolist() for own in p.answers])
+    return metrics.semantic_entropies(p.answers)
 
 
 def mutual_information(p: Problems, system: int, ood: Problems | None) -> Figure:

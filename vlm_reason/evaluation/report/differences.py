@@ -55,6 +55,10 @@ def by_resampling(
     return Difference(value, (float(low), float(high)), p, f"{times} resamples of the problems")
 
 
+def ratio(part: Array, whole: Array) -> float:
+    return float(part.sum() / whole.sum()) if whole.any() else math.nan
+
+
 def ece(confidence: Array, right: Array) -> float:
     bins = np.clip(np.ceil(confidence * BINS - 1e-12), 1, BINS).astype(np.int64) - 1
     gap = np.bincount(bins, weights=right - confidence, minlength=BINS)

@@ -27,9 +27,8 @@ def of_system(system: System, several: bool) -> Iterator[Notice]:
             who, f"{system.left_out} samples saw the answer and are left out: they predict nothing."
         )
     if system.torn:
-        yield _note(
-            who, f"{system.torn} segments end in an incomplete line (a writer was stopped or is at work)."
-        )
+        ends = "1 segment ends" if system.torn == 1 else f"{system.torn} segments end"
+        yield _note(who, f"{ends} in an incomplete line (a writer was stopped or is at work).")
     cut, unread, answered = int((c.finish == 2).sum()), int(c.unparsed.sum()), int(c.answered.sum())
     if cut >= NOTABLE * len(c):
         yield _caution(

@@ -21,8 +21,9 @@ from .system import Problems
 @dataclass(frozen=True)
 class Metric:
     """A row of the table. key: name in `Summary.estimates`, {k} being the number of samples. direction: 1
-    higher is better, -1 lower. items: its value on every problem, whose mean it is; statistic: of
-    (confidence, right), where it is no mean. Without either, a difference has no interval and none is shown."""
+    higher is better, -1 lower. items: its value on every problem, whose mean it is; statistic: of two
+    arrays over problems, (confidence, right) unless `of` gives others, where it is no mean. Without either, a
+    difference has no interval and none is shown."""
 
     key: str
     label: str
@@ -32,6 +33,10 @@ class Metric:
     items: Callable[[Problems, int], Array] | None = None
     statistic: Callable[[Array, Array], float] | None = None
     digits: int = 3
+    of: Callable[[Problems], tuple[Array, Array]] | None = None
+
+    def arrays(self, p: Problems) -> tuple[Array, Array]:
+        return _chosen(p) if self.of is None else self.of(p)
 
 
 def rows(problems: Mapping[int, Problems]) -> tuple[Row, ...]:
@@ -94,8 +99,8 @@ def _difference(metric: Metric, p: Problems, first: Problems, k: int) -> Differe
         return None
     order = {name: i for i, name in enumerate(p.ids)}
     same = [order[name] for name in first.ids]
-    own = (p.confidence[same], p.right[same].astype(float))
-    return differences.by_resampling(metric.statistic, own, (first.confidence, first.right.astype(float)))
+    one, two = metric.arrays(p)
+    return differences.by_resampling(metric.statistic, (one[same], two[same]), metric.arrays(first))
 
 
 def adjusted(tasks: Sequence[Task]) -> list[Task]:
@@ -163,13 +168,19 @@ def _information(p: Problems, k: int) -> Array:
     return metrics.answer_disagreement(p.by_member()).miller_madow
 
 
-def _unparsed(p: Problems, k: int) -> Array:
+def _unparsed(p: Problems) -> tuple[Array, Array]:
+    """[n] answers that could not be read, and answers given: the row is the ratio of their sums, for a problem
+    whose rationales were all cut has no share of its own."""
     answered = p.items.rows.answered
     codes = p.items.rows.problem
     order = {int(c): i for i, c in enumerate(p.columns.problem[p.items.start[:-1]])}
     item = np.array([order[c] for c in codes[answered].tolist()], dtype=np.int64)
     unread = np.bincount(item, weights=p.items.rows.unparsed[answered], minlength=len(p))
-    return unread / np.maximum(np.bincount(item, minlength=len(p)), 1)
+    return unread.astype(float), np.bincount(item, minlength=len(p)).astype(float)
+
+
+def _chosen(p: Problems) -> tuple[Array, Array]:
+    return p.confidence, p.right.astype(float)
 
 
 def _truncated(p: Problems, k: int) -> Array:
@@ -201,7 +212,7 @@ METRICS: Sequence[Metric] = (
     Metric("mutual_information_corrected", "mutual information", "nats, between members, Miller-Madow corrected",
            "uncertainty", 0, _information),
     Metric("unparsed", "unreadable answers", "share of given answers that could not be read; they count as wrong",
-           "health", -1, _unparsed),
+           "health", -1, None, differences.ratio, of=_unparsed),
     Metric("truncated", "unfinished rationales", "share of rationales that never closed; they count as wrong",
            "health", -1, _truncated),
     Metric("trace_tokens", "tokens of a rationale", "mean length", "health", 0, _length, digits=1),

@@ -116,11 +116,11 @@ class Problems:
     def same_problems(self, other: Problems) -> bool:
         return set(self.ids) == set(other.ids) and self.asked == other.asked
 
-    def by_member(self) -> list[list[list[int]]]:
-        """answers[problem][member]: codes, in the order of `members`."""
+    def by_member(self) -> list[list[list[int | None]]]:
+        """answers[problem][member]: codes, None for one that could not be read, in the order of `members`."""
         member = self.items.split(self.columns.member)
         return [
-            [own[of == m].tolist() for m in self.members]
+            [[code if code >= 0 else None for code in own[of == m].tolist()] for m in self.members]
             for own, of in zip(self.answers, member, strict=True)
         ]
 
@@ -182,6 +182,8 @@ def _is_store(folder: Path) -> bool:
 def _systems_of(columns: Columns, folder: str, task: str | None, torn: int) -> list[System]:
     """One system for each model and law in the columns; the members of a posterior are one."""
     fair = columns.where(~columns.saw_answer)
+    if len(columns) == 0:
+        raise UserError(f"no samples in {folder!r}; draw some first (vlm-reason sample), or import some")
     if len(fair) == 0:
         raise UserError(
             f"all {len(columns)} samples of {folder!r} saw the answer; sample from the prior prompt"
