@@ -105,6 +105,12 @@ def test_another_sample_in_the_same_place_is_refused_before_anything_is_written(
         ('{"id": 1, "answer": "2", "samples": [{"text": "2", "correct": "yes"}]}', "`correct` is 'yes'"),
         ('{"id": 1, "answer": "2", "samples": [{"text": "2", "reward": NaN}]}', "`reward` is nan"),
         ('{"id": 1, "answer": "2", "samples": [{"text": "2", "finish": "eof"}]}', "`finish` is 'eof'"),
+        ('{"id": 1, "answer": "2", "samples": []}', "line 2: `samples` of '1' is empty"),
+        ('{"id": 1, "answer": "2", "samples": ["2"]}', "line 2: a sample is str, expected an object"),
+        ('{"id": 1, "answer": "2", "samples": [{"text": null}]}', "line 2: `text` is None, expected a text"),
+        ('{"id": 1, "answer": "2", "samples": [{"text": "2", "pred": ["2"]}]}', "`pred` is ['2'], expected"),
+        ('{"id": {"a": 1}, "answer": "2", "samples": [{"text": "2"}]}', "line 2: `id` is {'a': 1}"),
+        ('{"id": 1, "answer": null, "samples": [{"text": "2"}]}', "line 2: `answer` is None"),
         ('{"id": 1, "answer"', "line 2: no JSON"),
         ("[1]", "line 2: list instead of a JSON object"),
     ],
@@ -115,6 +121,23 @@ def test_a_wrong_line_is_named_and_nothing_is_imported(tmp_path: Path, line: str
     with pytest.raises(UserError) as error:
         take(file, tmp_path / "s")
     assert message in str(error.value) and not (tmp_path / "s").exists()
+
+
+def test_numbers_stand_for_their_text_and_a_whole_pair_of_surrogates_for_its_character(
+    tmp_path: Path,
+) -> None:
+    line = r'{"id": 7, "question": "\ud83d\ude00", "answer": 2, "samples": [{"text": 2}, {"text": "x", "pred": 3}]}'
+    file = tmp_path / "r.jsonl"
+    file.write_text(line + "\n")
+    take(file, tmp_path / "s")
+    first, second = records(tmp_path / "s")
+    assert (first.problem_id, first.question, first.reference, first.trace_text) == (
+        "7",
+        "\U0001f600",
+        "2",
+        "2",
+    )
+    assert (second.canonical, second.correct) == ("3", False)
 
 
 def test_what_is_no_file_of_samples(tmp_path: Path) -> None:

@@ -292,6 +292,13 @@ def test_damage_is_named_by_columns_too(tmp_path: Path) -> None:
         SampleStore.open(tmp_path).columns()
 
 
+def test_a_verdict_is_true_false_or_absent(tmp_path: Path) -> None:
+    segment = fill(tmp_path, [record("a", 0)])
+    segment.write_text(segment.read_text().replace('"correct": true', '"correct": "no"'))
+    with pytest.raises(UserError, match=r"line 1: damaged sample .*`correct` is 'no'"):
+        SampleStore.open(tmp_path).columns()
+
+
 def test_a_text_only_sample_has_no_ids_and_a_reward_is_finite() -> None:
     with pytest.raises(ValueError, match="text-only sample with 2 trace ids"):
         record(text_only=True)

@@ -238,7 +238,7 @@ def _row(
         UNKNOWN if get("answer_finish") is None else FINISHES.index(data["answer_finish"]),
         data["saw_answer"],
         text_only,
-        bool(get("correct")),
+        _verdict(get("correct")),
         get("correct") is not None,
         bool(get("failed")),
         UNKNOWN if text_only else len(data["trace_ids"]),
@@ -265,6 +265,12 @@ def _sum(ids: Sequence[int], logps: Sequence[float]) -> float:
     if len(ids) != len(logps) or not math.isfinite(total):
         raise ValueError(f"{len(ids)} ids whose log-probabilities sum to {total}")
     return total
+
+
+def _verdict(value: bool | None) -> bool:
+    if value is not None and value is not True and value is not False:
+        raise ValueError(f"`correct` is {value!r}, expected true or false")
+    return bool(value)
 
 
 def _number(value: float | None) -> float:

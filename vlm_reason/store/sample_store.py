@@ -286,9 +286,9 @@ def _key(path: Path, number: int, line: bytes) -> str:
 def _add(builder: ColumnBuilder, path: Path, number: int, offset: int, line: bytes) -> None:
     try:
         builder.add(json.loads(line), offset, len(line))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        _parse(path, number, line)  # says what is wrong
-        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _parse(path, number, line)  # says what is wrong, if it is with the record
+        raise UserError(f"{path}, line {number}: damaged sample ({error}); move this segment away") from None
 
 
 def _parse(path: Path, number: int, line: bytes) -> SampleRecord:

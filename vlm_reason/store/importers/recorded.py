@@ -25,14 +25,21 @@ _SAMPLE = frozenset({"text", "pred", "correct", "reward", "finish", "temperature
 
 
 def records_of_line(row: Mapping[str, Any], source: Source) -> list[SampleRecord]:
-    question, reference = str(row.get("question", "")), str(row["answer"])
+    question, reference = _text(row.get("question", ""), "question"), _text(row["answer"], "answer")
     if "id" not in row and not question:
         raise BadSample("neither `id` nor `question`")
-    problem_id = str(
-        row["id"] if "id" in row else hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
+    problem_id = (
+        _text(row["id"], "id")
+        if "id" in row
+        else hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
     )
     if not isinstance(row["samples"], list):
         raise BadSample(f"`samples` is {type(row['samples']).__name__}, expected a list")
+    if not row["samples"]:  # a problem without a sample would leave the denominator unseen
+        raise BadSample(f"`samples` of {problem_id!r} is empty, expected one or more")
+    for sample in row["samples"]:
+        if not isinstance(sample, dict):
+            raise BadSample(f"a sample is {type(sample).__name__}, expected an object")
     shared = {name: value for name, value in row.items() if name not in _ROW}
     return [
         text_record(
@@ -50,9 +57,10 @@ def records_of_line(row: Mapping[str, Any], source: Source) -> list[SampleRecord
 
 
 def _answer(sample: Mapping[str, Any], row: Mapping[str, Any], reference: str, source: Source) -> Answer:
-    reading, text = source.reading, sample["text"]
+    reading, text = source.reading, _text(sample["text"], "text")
     predicted = sample["pred"] if "pred" in sample else reading.extract(text)
-    canonical = reading.canonical(str(predicted)) if predicted not in (None, "") else None
+    predicted = None if predicted is None else _text(predicted, "pred")
+    canonical = reading.canonical(predicted) if predicted else None
     correct = sample.get("correct")
     if correct is None:
         gold = reading.canonical(reading.extract(reference) or reference)
@@ -65,8 +73,8 @@ def _answer(sample: Mapping[str, Any], row: Mapping[str, Any], reference: str, s
     if finish not in get_args(Finish):
         raise BadSample(f"`finish` is {finish!r}, expected one of {', '.join(get_args(Finish))}")
     return Answer(
-        text=str(text),
-        answer="" if predicted is None else str(predicted),
+        text=text,
+        answer=predicted or "",
         canonical=canonical,
         correct=bool(correct),
         finish=cast(Finish, finish),
@@ -74,3 +82,10 @@ def _answer(sample: Mapping[str, Any], row: Mapping[str, Any], reference: str, s
         temperature=float(sample.get("temperature", row.get("temperature", 1.0))),
         top_p=float(sample.get("top_p", row.get("top_p", 1.0))),
     )
+
+
+def _text(value: Any, name: str) -> str:
+    """A text, or a number as text: what stands for an answer or an id."""
+    if isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return str(value)
+    raise BadSample(f"`{name}` is {value!r:.60}, expected a text or a number")
