@@ -165,6 +165,9 @@ def test_bald_needs_members_and_a_member_without_an_answer_is_neutral() -> None:
     ]
     believed = beliefs(silent)
     assert believed["p0"].heard == 2
+    mute = [dataclasses.replace(r, canonical=None, correct=False) for r in silent]
+    with pytest.raises(UserError, match="no problem has readable answers of two members"):
+        acquire(beliefs(mute), "bald", 1)
     assert member_probabilities([believed["p0"]], 3)[2, 0] == pytest.approx([0.5, 0.5])
 
 
@@ -217,6 +220,9 @@ def test_select_command(stores: tuple[str, str, str], tmp_path: Path, capfd: Any
         (["--calibrate", "x"], "needs --risk or --alpha"),
         (["--risk", "0.1", "-o", "f", "--calibrate", "x"], "give --by"),
         (["--alpha", "2", "--calibrate", "x"], "--alpha must be in (0, 1)"),
+        (["--alpha", "0.1", "--delta", "2", "--calibrate", "x"], "--delta must be in (0, 1)"),
+        (["--alpha", "0.1", "--plug-in", "--calibrate", "x"], "give --risk"),
+        (["--by", "entropy", "-o", "/"], "-o '/' is a folder"),
         (["--by", "entropy", "--rank", "majorty"], "did you mean 'majority'"),
         (["--by", "bald"], "bald needs samples of two or more members"),
     ],

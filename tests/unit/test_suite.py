@@ -224,6 +224,10 @@ def test_an_adapter_that_does_not_fit_is_named(suite: Suite, model: Path, tmp_pa
     (folder,) = adapters(model, tmp_path, 1)
     with pytest.raises(UserError, match="no folder 'nowhere'"):
         load_members(str(model), "float32", ["nowhere"], {})
+    with pytest.raises(UserError, match="sync adapter needs adapters, and the model has none"):
+        load_members(
+            "no such model", "float32", [], {"kind": "vllm", "sync": "adapter"}
+        )  # before it is looked for
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
@@ -434,6 +438,11 @@ def test_the_command_and_its_exit_status(model: Path, tmp_path: Path, capfd: Any
         (["--require", "60%"], "cannot read the requirement"),
         (["--from-store"], "--from-store is for training recipes"),
         (["--audit-tolerance", "1"], "no meaning without --audit"),
+        (["--audit", "--audit-tolerance", "nan"], "--audit-tolerance must be a number >= 0, got nan"),
+        (["--on", "task"], "--on is for training recipes"),
+        (["sampling.temperature=.nan"], "temperature must be a number >= 0, got nan"),
+        (["sampling.temperature=-1"], "temperature must be a number >= 0, got -1"),
+        (["sampling.top_p=0"], "top_p must be in (0, 1], got 0"),
         (["sampling.temprature=1"], "unknown config key"),
         (["members=[nowhere]"], "no folder 'nowhere'"),
     ],

@@ -117,6 +117,14 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.output and not options.by:
         raise UserError("-o writes the problems that --by chose; give --by")
+    if options.output and Path(options.output).is_dir():
+        raise UserError(
+            f"-o {options.output!r} is a folder; give a file such as {options.output}/label.jsonl"
+        )
+    if options.plug_in and options.risk is None:
+        raise UserError("--plug-in is a way to choose the threshold of --risk; give --risk")
+    if not 0 < options.delta < 1:
+        raise UserError(f"--delta must be in (0, 1), got {options.delta}")
     if options.alpha is not None and not 0 < options.alpha < 1:
         raise UserError(f"--alpha must be in (0, 1), got {options.alpha}")
 

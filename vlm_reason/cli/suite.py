@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,14 @@ def run_suite_command(options: argparse.Namespace) -> Result:
             raise UserError(
                 f"--{name.replace('_', '-')} is for training recipes; a suite names its model itself"
             )
+    if options.on != "eval_task":
+        raise UserError("--on is for training recipes; the tasks of a suite are under its `tasks`")
     requirements = parse_requirements(options.require)
-    if options.audit_tolerance is not None and not options.audit:
-        raise UserError("--audit-tolerance has no meaning without --audit")
+    if options.audit_tolerance is not None:
+        if not options.audit:
+            raise UserError("--audit-tolerance has no meaning without --audit")
+        if not 0 <= options.audit_tolerance < math.inf:
+            raise UserError(f"--audit-tolerance must be a number >= 0, got {options.audit_tolerance}")
     from ..evaluation.suite import SuiteConfig
 
     config = from_dict(SuiteConfig, load_config(options.config, options.overrides))

@@ -66,7 +66,10 @@ def _bald(believed: Mapping[str, Belief], size: int) -> list[Acquired]:
         )
     names = sorted(problem for problem, b in believed.items() if b.heard > 1)
     if not names:
-        return []
+        raise UserError(
+            "bald compares what members answer, and no problem has readable answers of two members: draw more "
+            "samples, or choose by entropy"
+        )
     probabilities = member_probabilities([believed[n] for n in names], members)
     picked = bald_batch(probabilities, min(size, len(names)))
     return [Acquired(names[i], believed[names[i]].mutual_information_corrected) for i in picked]

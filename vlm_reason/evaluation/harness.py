@@ -45,6 +45,10 @@ class EvalConfig:
         for name in ("traces", "answers", "max_trace_tokens", "max_answer_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be a number >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.temperature == 0 and self.traces * self.answers > 1:
             raise UserError(
                 f"greedy decoding (temperature 0) gives one text: traces={self.traces} and answers={self.answers} "

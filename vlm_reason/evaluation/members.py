@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..engines.base import Engine
-from ..engines.make import engine_config, make_engine
+from ..engines.make import check_engine, make_engine
 from ..errors import UserError
 from ..models.load import fingerprint_weights, load_model, load_tokenizer
 
@@ -83,7 +83,7 @@ class WholeModels:
     base: str | None = None
 
     def __init__(self, folders: Sequence[str], dtype: str, options: Mapping[str, Any]) -> None:
-        if engine_config(options).kind != "hf":
+        if check_engine(options, adapters=False).kind != "hf":
             raise UserError(
                 "members that are whole models need engine.kind hf: vLLM serves adapters of one model"
             )
@@ -126,6 +126,7 @@ def load_members(model: str, dtype: str, folders: Sequence[str], options: Mappin
         raise UserError(f"members must be all adapters or all whole models: {listed}")
     if "model" in kinds.values():
         return WholeModels(folders, dtype, options)
+    check_engine(options, adapters=bool(folders))  # what can be said before a model is loaded
     loaded, tokenizer = load_model(model, dtype=cast(Any, dtype))
     base = fingerprint_weights(loaded)
     if not folders:
