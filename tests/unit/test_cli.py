@@ -211,3 +211,9 @@ def test_recipe_of_this_test_is_read(recipe: Path) -> None:
     settings = wiring.sampling_config(config, "sampling", {"traces": 4, "temperature": 1.0})
     assert (settings.max_trace_tokens, settings.seed, settings.traces) == (5, 3, 4)
     assert json.loads(output.to_json({"a": 1})) == {"a": 1}
+
+
+def test_half_a_surrogate_pair_is_printed_as_the_escape_that_it_was() -> None:
+    text = output.to_json({"question": "\ud800 \U0001f600"})
+    assert text.encode() and text == '{"question": "\\ud800 \U0001f600"}'
+    assert json.loads(text) == {"question": "\ud800 \U0001f600"}

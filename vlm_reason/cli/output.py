@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+_HALF = re.compile("[\\ud800-\\udfff]")
 
 
 @contextmanager
@@ -40,7 +43,9 @@ def dump_json(result: Mapping[str, Any], stream: TextIO) -> None:
 
 
 def to_json(result: Any, indent: int | None = None) -> str:
-    return json.dumps(plain(result), ensure_ascii=False, allow_nan=False, indent=indent)
+    """Half of a surrogate pair, which JSON may hold and UTF-8 may not, stays an escape."""
+    text = json.dumps(plain(result), ensure_ascii=False, allow_nan=False, indent=indent)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def plain(value: Any) -> Any:
