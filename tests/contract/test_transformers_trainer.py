@@ -23,6 +23,7 @@ from vlm_reason.traces import TraceTrainer
 from vlm_reason.traces.sharded import ShardedTrainer
 
 SIGNATURES: dict[Callable[..., Any], str] = {
+    Trainer.train: "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
     Trainer.training_step: "self, model, inputs, num_items_in_batch=None",
     Trainer.create_optimizer: "self, model=None",
     Trainer.log: "self, logs, start_time=None",
