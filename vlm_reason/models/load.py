@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -103,8 +104,13 @@ def fingerprint_weights(model: nn.Module) -> str:
     The checksums are exact sums modulo 2^64, so they agree across devices and orders of summation; hashing every byte
     of a large model on the CPU would take minutes. Not a defence against a crafted collision.
     """
+    return fingerprint_parameters(model.named_parameters())
+
+
+def fingerprint_parameters(named: Iterable[tuple[str, Tensor]]) -> str:
+    """`fingerprint_weights` of the parameters given, under the names given; their order does not count."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(
             repr(_checksums(parameter.detach().contiguous().reshape(-1).view(torch.uint8))).encode()

@@ -1,0 +1,273 @@
+"""The interface of a posterior over the weights of a PEFT adapter, whatever family it is of.
+
+    posterior = Posterior.from_optimizer(optimizer, model)      # what IVON has learnt
+    posterior.save("runs/a/posterior")                          # stock PEFT loads its mean from there
+    posterior = Posterior.load("runs/a/posterior")
+    posterior.export_samples(8, "runs/a/draws", seed=0)         # 8 plain adapters: members of a suite, LoRAs for vLLM
+
+Trees are dicts of fp32 CPU tensors by PEFT key. Sampling is on the CPU and depends on (seed, number of the draw, place
+of the weight) alone, so one machine's draws are another's, the same torch given.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+
+from ..errors import UserError, nearest
+from ..models.load import fingerprint_parameters, fingerprint_weights
+from .artefact import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    TENSORS,
+    VERSION,
+    Tree,
+    adapter_files,
+    check_finite,
+    check_rank,
+    config_file,
+    read_json,
+    read_tensors,
+    tensor_bytes,
+    write_folder,
+)
+
+if TYPE_CHECKING:
+    from .ivon import IVON
+
+
+@dataclass(frozen=True)
+class Origin:
+    """base: hash of the base model's weights, None if unknown. ess: lambda. data_size: N, None if unknown. temper: the
+    product of all tempering since the fit. prior: precision of the zero-mean Gaussian prior by key; flat at 0."""
+
+    base: str | None = None
+    ess: float | None = None
+    data_size: int | None = None
+    updates: int | None = None
+    temper: float = 1.0
+    prior: Mapping[str, float] = field(default_factory=dict)
+
+
+class Posterior(ABC):
+    """A distribution over adapters of one shape. What a family cannot do raises a UserError that says so."""
+
+    family: ClassVar[str]
+
+    def __init__(self, adapter_config: Mapping[str, Any], origin: Origin) -> None:
+        self.adapter_config, self.origin = dict(adapter_config), origin
+
+    @staticmethod
+    def from_optimizer(optimizer: IVON, model: PeftModel, adapter: str = "default") -> Posterior:
+        """q as IVON has it, over adapter `adapter` of `model`: a diagonal Gaussian. Tensors of the adapter that the
+        optimiser does not train are certain. Collective where parameters are sharded.
+
+        UserError if the optimiser trains weights outside the adapter or none in it, and for NaN.
+        """
+        from .diagonal import DiagonalGaussian
+
+        return DiagonalGaussian.from_ivon(optimizer, model, adapter)
+
+    # ------------------------------------------------------------------------------------------ what a family gives
+
+    @abstractmethod
+    def mean(self) -> Tree: ...
+
+    @abstractmethod
+    def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
+        """n draws, one at a time. antithetic: draws 2k and 2k+1 lie opposite each other about the mean, which halves
+        or more the noise of averages of functions that are nearly linear in the weights."""
+
+    def log_prob(self, tree: Mapping[str, Tensor]) -> float:
+        self._lacks("density")
+
+    def kl(self, other: Posterior | None = None) -> float:
+        """KL(self || other), in nats; None is the prior."""
+        self._lacks("KL divergence in closed form")
+
+    def precision_diag(self) -> Tree:
+        """1 / variance of every weight; infinite where it is certain."""
+        self._lacks("diagonal precision")
+
+    def temper(self, tau: float) -> Posterior:
+        """Variances divided by tau > 0: above 1 is colder. Chosen on held-out data, it trades accuracy of the draws
+        against calibration."""
+        self._lacks("temperature")
+
+    def prune(self, fraction: float) -> Posterior:
+        """The `fraction` of weights with the lowest |mean| / sigma at 0, and certain of it."""
+        self._lacks("pruning")
+
+    @abstractmethod
+    def tensors(self) -> Tree:
+        """What posterior.safetensors holds."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(
+        cls, adapter_config: Mapping[str, Any], mean: Tree, tensors: Tree, origin: Origin
+    ) -> Posterior: ...
+
+    def _lacks(self, what: str) -> NoReturn:
+        raise UserError(f"a posterior of family {self.family!r} has no {what}")
+
+    # ------------------------------------------------------------------------------------------------------ on disk
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the four files of artefact.py into a new or empty folder. UserError for any other, and for NaN."""
+        mean, tensors = self.mean(), self.tensors()
+        check_finite(mean, "of the mean")
+        check_finite(tensors, "of the posterior")
+        config = {"version": VERSION, "family": self.family, "origin": asdict(self.origin)}
+        files = [
+            *adapter_files(self.adapter_config, mean),
+            (TENSORS, tensor_bytes(tensors)),
+            config_file(config),
+        ]
+        return write_folder(folder, files)
+
+    @staticmethod
+    def load(folder: str | Path, model: nn.Module | None = None) -> Posterior:
+        """What `save` wrote, of whichever family. model: the base model it is meant for, bare or with adapters.
+
+        UserError for a missing or broken file, NaN, tensors that do not belong together, another rank than the config
+        says, and a `model` that is not the one it was fitted on.
+        """
+        from . import FAMILIES
+
+        folder = Path(folder).expanduser()
+        config = read_json(folder / CONFIG)
+        if config.get("version") != VERSION:
+            raise UserError(f"{str(folder)!r} has version {config.get('version')}, this code reads {VERSION}")
+        family = config.get("family")
+        if family not in FAMILIES:
+            raise UserError(
+                f"unknown family {family!r} of posterior in {str(folder)!r}{nearest(str(family), FAMILIES)}"
+            )
+        adapter_config = read_json(folder / ADAPTER_CONFIG)
+        mean, tensors = read_tensors(folder / ADAPTER), read_tensors(folder / TENSORS)
+        check_rank(adapter_config, mean, folder)
+        try:
+            origin = Origin(**config["origin"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{CONFIG} in {str(folder)!r} has no readable origin: {error}") from error
+        posterior = FAMILIES[family].from_tensors(adapter_config, mean, tensors, origin)
+        if model is not None:
+            posterior.check_base(model)
+        return posterior
+
+    def export_samples(self, n: int, folder: str | Path, seed: int, antithetic: bool = False) -> list[Path]:
+        """n draws as plain PEFT adapters `folder/draw000`, `draw001`, ... in a new or empty folder."""
+        names = [f"draw{k:03d}" for k in range(_at_least_one(n))]
+
+        def files() -> Iterator[tuple[str, bytes]]:
+            for name, tree in zip(names, self.sample(n, seed, antithetic), strict=True):
+                for file, content in adapter_files(self.adapter_config, tree):
+                    yield f"{name}/{file}", content
+
+        written = write_folder(folder, files())
+        return [written / name for name in names]
+
+    # ------------------------------------------------------------------------------------------------- on a model
+
+    def check_base(self, model: nn.Module) -> None:
+        """UserError if `model` is not the base model the posterior was fitted on (weights and dtype)."""
+        found = base_fingerprint(model)
+        if self.origin.base is not None and found != self.origin.base:
+            raise UserError(
+                f"the posterior was fitted on a base model with hash {self.origin.base}, this one has {found}: "
+                "load that model, in that dtype"
+            )
+
+    def attach(self, model: nn.Module, adapter: str = "default") -> PeftModel:
+        """`model`, the bare base model, with an adapter that holds the mean; `write` puts draws in its place."""
+        self.check_base(model)
+        wrapped = cast(PeftModel, get_peft_model(cast(Any, model), self._peft_config(), adapter_name=adapter))
+        self.write(wrapped, self.mean(), adapter)
+        return wrapped.eval()
+
+    def write(self, model: PeftModel, tree: Mapping[str, Tensor], adapter: str = "default") -> None:
+        """Set the weights of `model`'s adapter to a tree of this posterior. UserError if they do not fit."""
+        own = adapter_tensors(model, adapter)
+        wrong = sorted(
+            own.keys() ^ tree.keys() | {k for k in own.keys() & tree.keys() if own[k].shape != tree[k].shape}
+        )
+        if wrong:
+            raise UserError(f"the posterior does not fit adapter {adapter!r}: {len(wrong)} tensors differ in name or "
+                            f"shape, the first is {wrong[0]!r}")  # fmt: skip
+        set_peft_model_state_dict(model, dict(tree), adapter_name=adapter)
+
+    def _peft_config(self) -> PeftConfig:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config))
+            config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        return config
+
+
+def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """PEFT key -> parameter of one adapter. UserError for an adapter the model does not have."""
+    if not isinstance(model, PeftModel):
+        raise UserError(f"a posterior is over a PEFT adapter; got a {type(model).__name__} without one")
+    if adapter not in model.peft_config:
+        raise UserError(f"the model has no adapter {adapter!r}{nearest(adapter, model.peft_config)}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return get_peft_model_state_dict(
+        model, state_dict=parameters, adapter_name=adapter, save_embedding_layers=False
+    )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """`fingerprint_weights` of the base model, also through the adapters that were put on it."""
+    if not isinstance(model, PeftModel):
+        return fingerprint_weights(model)
+    adapters = {id(p) for name in model.peft_config for p in adapter_tensors(model, name).values()}
+    named = ((n, p) for n, p in model.named_parameters() if id(p) not in adapters)
+    return fingerprint_parameters((_name_in_base(n), p) for n, p in named)
+
+
+def peft_config_dict(model: PeftModel, adapter: str) -> dict[str, Any]:
+    """adapter_config.json as PEFT would write it, for inference."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.peft_config[adapter].save_pretrained(folder)
+        return {**read_json(Path(folder) / ADAPTER_CONFIG), "inference_mode": True}
+
+
+def _name_in_base(name: str) -> str:
+    name = name.removeprefix("base_model.").removeprefix("model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _at_least_one(n: int) -> int:
+    if n < 1:
+        raise UserError(f"the number of draws must be at least 1, got {n}")
+    return n
+
+
+def same_keys(a: Iterable[str], b: Iterable[str], what: str) -> None:
+    """UserError naming the first key that only one of them has."""
+    wrong = sorted(set(a) ^ set(b))
+    if wrong:
+        raise UserError(f"{what}: {len(wrong)} tensors are in one alone, the first is {wrong[0]!r}")
+
+
+def whole(tensor: Any) -> Tensor:
+    """fp32 copy on the CPU; gathers a DTensor."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True)
