@@ -14,7 +14,7 @@ Result = dict[str, Any]
 class Command:
     """run(options) gives what --json prints; show(result) prints the same for people. `after_interrupt` tells
     what Ctrl-C left behind. `takes_config`: its first argument is CONFIG, with key=value behind it.
-    `status(result)`: the exit status of a run that ended well."""
+    `settings`: another argument that takes key=value. `status(result)`: the exit status of a run that ended well."""
 
     name: str
     help: str
@@ -25,4 +25,10 @@ class Command:
     show: Callable[[Result], None]
     after_interrupt: str
     takes_config: bool = True
+    settings: str | None = None
     status: Callable[[Result], int] = lambda result: 0
+
+    @property
+    def overrides(self) -> str | None:
+        """Name of the argument that takes key=value, None if the command takes none."""
+        return "overrides" if self.takes_config else self.settings

@@ -144,4 +144,5 @@ COMMAND = Command(
     show=_show,
     after_interrupt="what the model has said is kept: repeat the command to go on",
     takes_config=False,
+    settings="items",
 )

@@ -86,14 +86,12 @@ def execute(options: argparse.Namespace) -> int:
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes `key=value` only where the first of them stands; we take them behind options too."""
     options, rest = parser.parse_known_args(arguments)
-    if not options.command.takes_config:
-        if rest:
-            parser.error(f"unrecognized argument {rest[0]!r} (see vlm-reason {options.command.name} --help)")
-        return options
+    into = options.command.overrides
     for argument in rest:
-        if argument.startswith("-") or "=" not in argument:
+        if into is None or argument.startswith("-") or "=" not in argument:
             parser.error(f"unrecognized argument {argument!r} (see vlm-reason {options.command.name} --help)")
-    options.overrides = [*options.overrides, *rest]
+    if into is not None:
+        setattr(options, into, [*getattr(options, into), *rest])
     return options
 
 
