@@ -217,3 +217,21 @@ def test_half_a_surrogate_pair_is_printed_as_the_escape_that_it_was() -> None:
     text = output.to_json({"question": "\ud800 \U0001f600"})
     assert text.encode() and text == '{"question": "\\ud800 \U0001f600"}'
     assert json.loads(text) == {"question": "\ud800 \U0001f600"}
+
+
+def test_what_the_terminal_cannot_show_is_an_escape(tmp_path: Path) -> None:
+    line = {"id": "a", "question": "\ud800 \u00e9?", "answer": "1", "samples": [{"text": "1"}, {"text": "2"}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line))
+    steps = [
+        ["import", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "s")],
+        ["select", str(tmp_path / "s"), "--by", "entropy"],
+    ]
+    code = f"import sys; from vlm_reason.cli.main import main; sys.exit(max(map(main, {steps!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\ud800 \xe9?" in done.stdout

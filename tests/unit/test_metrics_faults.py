@@ -215,3 +215,9 @@ def test_dropped_items_are_counted_in_every_metric() -> None:
         metrics.maj_at_k([["a"]] * 3, ["a"] * 3, 1, [[1.0], [1.0], [bad]])
     with pytest.raises(UserError, match=r"scores\[0\] is nan"):
         metrics.best_of_k([[None]], [[1]], 1)
+
+
+def test_an_item_without_samples_is_named() -> None:
+    with pytest.raises(UserError, match="item 1 has no samples"):
+        metrics.semantic_entropy([["1", "2"], []])
+    assert metrics.semantic_entropy([["1", "2"], []], on_invalid="drop").n_dropped == 1

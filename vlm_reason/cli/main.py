@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,9 @@ def execute(options: argparse.Namespace) -> int:
     # OpenMP reads this when torch is imported. Its spinning barriers cost several times the work on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_stdout_clean()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, as an escape
+            stream.reconfigure(errors="backslashreplace")
     command: Command = options.command
     if options.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which no command has done yet

@@ -92,6 +92,10 @@ def semantic_entropy(
         None if logps is None else as_items(logps),
         None if strings is None else as_items(strings),
     )
+    if on_invalid == "raise" and np.isnan(values).any():
+        raise UserError(
+            f"item {int(np.isnan(values).argmax())} has no samples; pass on_invalid='drop' to leave such out"
+        )
     form = "discrete" if logps is None else "Rao"
     return replace(mean_interval(values, on_invalid), method=f"semantic entropy ({form}), nats; t")
 
