@@ -209,7 +209,17 @@ def test_a_server_that_makes_no_token_is_given_up(cluster, model_and_tokenizer, 
     assert [c.ids for c in engine.sample(requests)] == [c.ids for c in expected]
 
 
-def test_ctrl_c_drops_what_is_queued_and_what_is_on_its_way(cluster, model_and_tokenizer, tmp_path) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_drops_what_is_queued_and_what_is_on_its_way(
+    cluster, model_and_tokenizer, ctrl_c, tmp_path
+) -> None:
     """Two requests are on their way to a server that stands still, ten wait for their turn: none keeps the process."""
     _, tokenizer = model_and_tokenizer
     requests = asked(tokenizer)
