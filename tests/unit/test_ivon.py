@@ -149,7 +149,7 @@ def test_groups_that_would_share_noise_are_refused() -> None:
         IVON([{"params": [parameter(5)]}, {"params": [parameter(5)], "start": 4}], 0.1, 100)
 
 
-def test_drawing_ahead_in_a_thread_gives_the_same() -> None:
+def test_the_number_of_threads_makes_no_difference() -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -172,6 +172,12 @@ def test_blocks_of_a_draw_have_seeds_of_their_own() -> None:
     ]
     assert len({d.block_seed(0) for d in [draw, *others]}) == 5
     full = draw.normal(7, BLOCK, CPU)
+    for k in (1, 2, 3):
+        moment = float((full.double() ** k).mean())
+        assert abs(moment - (k == 2)) < 5 * math.sqrt([1, 2, 15][k - 1] / BLOCK)
+    assert abs(float((full[1:] * full[:-1]).mean())) < 5 / math.sqrt(BLOCK)
+    tail = float((full.abs() > 3).double().mean())  # 0.0027 of a normal law
+    assert abs(tail - 0.0027) < 5 * math.sqrt(0.0027 / BLOCK)
     for stop in (1, 15, 17, 1000):
         assert torch.equal(draw.normal(7, stop, CPU), full[:stop])
     assert abs(float(full.mean())) < 0.02 and abs(float(full.std()) - 1) < 0.02
@@ -301,7 +307,7 @@ def test_schedulers_closures_and_learning() -> None:
         optimizer.zero_grad()
         loss = loss_of(net)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     for _ in range(150):
         assert optimizer.step(closure) > 0

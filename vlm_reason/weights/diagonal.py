@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .artefact import Tree, check_finite
-from .noise import POSTERIOR, Draw, antithetic_sign, cut_into_blocks, drawn_ahead
+from .noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
 from .posterior import (
     Origin,
     Posterior,
@@ -113,11 +113,17 @@ class DiagonalGaussian(Posterior):
             spans.append((at, self._sigma[key].numel()))
             at += self._sigma[key].numel()
         draw = Draw(seed, POSTERIOR, 0, number)
-        for block, noise in drawn_ahead(draw, cut_into_blocks(spans), torch.device("cpu")):
+        cpu = torch.device("cpu")
+
+        def perturb(block: Block) -> None:
+            normals = draw.normal(block.number, block.stop, cpu)
             for piece in block.pieces:
                 key = keys[piece.tensor]
                 sigma = self._sigma[key].view(-1)[piece.lo : piece.hi]
-                tree[key].view(-1)[piece.lo : piece.hi].addcmul_(sigma, noise(piece), value=sign)
+                noise = normals[piece.offset : piece.offset + piece.hi - piece.lo]
+                tree[key].view(-1)[piece.lo : piece.hi].addcmul_(sigma, noise, value=sign)
+
+        for_each_block(cut_into_blocks(spans), cpu, perturb)
         return tree
 
     def log_prob(self, tree: Mapping[str, Tensor]) -> float:

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, overload
 
@@ -34,7 +35,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..errors import UserError
-from .noise import REQUESTED, TRAINING, Draw, Piece, cut_into_blocks, drawn_ahead, round_stochastically
+from .noise import (
+    REQUESTED,
+    TRAINING,
+    Block,
+    Draw,
+    Piece,
+    cut_into_blocks,
+    for_each_block,
+    round_stochastically,
+)
 from .shards import check_index, global_start, local, size_of_whole
 
 HESSIANS = ("price", "gradsq")
@@ -225,9 +235,12 @@ class IVON(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 _count(p, self.state[p], group["mc_samples"], last)
-            for batch in _batches(group, self.state, now, following):
+
+            def update(batch: _Batch, group: dict[str, Any] = group) -> None:
                 _take_in(batch, group, last)
                 _write_draw(batch, group, following)
+
+            _for_each_batch(group, self.state, now, following, update)
             if last:
                 for p in group["params"]:
                     self.state[p].pop("seen", None)
@@ -271,8 +284,7 @@ class IVON(torch.optim.Optimizer):
                 for p in group["params"]:
                     local(p.detach()).copy_(local(self.state[p]["mean"]))
                 continue
-            for batch in _batches(group, self.state, None, view, gradients=False):
-                _write_draw(batch, group, view)
+            _for_each_batch(group, self.state, None, view, partial(_write_draw, group=group, draw=view))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -331,15 +343,15 @@ class _Batch:
         )  # fmt: skip
 
 
-def _batches(
+def _for_each_batch(
     group: dict[str, Any],
     state: Mapping[Tensor, dict[str, Any]],
     now: Draw | None,
     draw: Draw,
-    gradients: bool = True,
-) -> Iterator[_Batch]:
+    work: Callable[[_Batch], None],
+) -> None:
     """The group's weights block by block, so that what is worked on stays in the cache and temporaries are one block
-    large. `now`: the draw the gradients were taken at."""
+    large. `now`: the draw the gradients were taken at, if they are looked at."""
     starts = _starts(group)
     kinds = dict.fromkeys((local(p).device, p.dtype) for p in group["params"])
     for device, dtype in kinds:
@@ -348,14 +360,23 @@ def _batches(
         blocks = cut_into_blocks(
             [(starts[n], flat.value.numel()) for n, flat in zip(chosen, flats, strict=True)]
         )
-        again = now is not None and dtype != torch.float32
-        for block, noise in drawn_ahead(draw, blocks, device):
-            old = now.normal(block.number, block.stop, device) if again and now is not None else None
-            yield _Batch(
-                block.number, block.stop, list(block.pieces), [flats[p.tensor] for p in block.pieces],
-                [noise(p) for p in block.pieces],
-                None if old is None else [old[p.offset : p.offset + p.hi - p.lo] for p in block.pieces],
-            )  # fmt: skip
+        again = now if dtype != torch.float32 else None
+
+        def batch_of(
+            block: Block,
+            flats: list[_Flat] = flats,
+            device: torch.device = device,
+            again: Draw | None = again,
+        ) -> None:
+            def noise(draw: Draw) -> list[Tensor]:
+                normals = draw.normal(block.number, block.stop, device)
+                return [normals[p.offset : p.offset + p.hi - p.lo] for p in block.pieces]
+
+            owners = [flats[p.tensor] for p in block.pieces]
+            old = None if again is None else noise(again)
+            work(_Batch(block.number, block.stop, list(block.pieces), owners, noise(draw), old))
+
+        for_each_block(blocks, device, batch_of)
         for flat in flats:
             flat.write_back()
 
@@ -406,8 +427,9 @@ def _estimates(batch: _Batch, group: dict[str, Any]) -> tuple[list[Tensor], list
     elif batch.old_normals is None:
         curvature = list(torch._foreach_sub(batch.cut("value"), batch.cut("mean")))
     else:  # the weights carry rounding noise too; sigma eps alone gives an unbiased estimate
-        curvature = _sigma(batch, group)
+        curvature = _root(batch, group)
         torch._foreach_mul_(curvature, batch.old_normals)
+        torch._foreach_mul_(curvature, group["ess"] ** -0.5)
     torch._foreach_mul_(curvature, gradient)
     return gradient, curvature
 
@@ -415,22 +437,18 @@ def _estimates(batch: _Batch, group: dict[str, Any]) -> tuple[list[Tensor], list
 def _update(batch: _Batch, group: dict[str, Any], gradient: list[Tensor], curvature: list[Tensor]) -> None:
     """mu, h, m from the means of g and of n g (or g^2). Overwrites `curvature`.
 
-    h + delta grows by the factor 1 + x + x^2 / 2, x = (1 - beta2) (f - h) / (h + delta).
+    With w = (1 - beta2) (f - h) the step of h is w + w^2 / (2 (h + delta)).
     """
     hess, mean, momentum = batch.cut("hess"), batch.cut("mean"), batch.cut("momentum")
     delta, rate = float(group["weight_decay"]), 1 - group["beta2"]
-    total = list(torch._foreach_add(hess, delta)) if delta else hess
-    if group["hess_approx"] == "gradsq":
-        torch._foreach_div_(curvature, total)
+    total = list(torch._foreach_add(hess, delta))
+    if group["hess_approx"] == "price":
+        torch._foreach_mul_(curvature, total)
     torch._foreach_mul_(curvature, rate * group["ess"])
-    if delta:
-        torch._foreach_sub_(curvature, torch._foreach_mul(torch._foreach_div(hess, total), rate))
-    else:
-        torch._foreach_sub_(curvature, rate)
-    growth = list(torch._foreach_mul(curvature, 0.5))
-    torch._foreach_add_(growth, 1.0)
-    torch._foreach_mul_(growth, curvature)
-    torch._foreach_addcmul_(hess, growth, total)
+    torch._foreach_add_(curvature, hess, alpha=-rate)
+    torch._foreach_add_(hess, curvature)
+    torch._foreach_mul_(curvature, curvature)
+    torch._foreach_addcdiv_(hess, curvature, total, value=0.5)
     if delta:
         torch._foreach_clamp_min_(hess, _FLOOR * delta)
 
@@ -439,10 +457,9 @@ def _update(batch: _Batch, group: dict[str, Any], gradient: list[Tensor], curvat
     move = list(torch._foreach_div(momentum, debias))
     if delta:
         torch._foreach_add_(move, mean, alpha=delta)
-        total = list(torch._foreach_add(hess, delta))
-        torch._foreach_div_(move, total)
-    else:
-        torch._foreach_div_(move, hess)
+        torch._foreach_copy_(total, hess)
+        torch._foreach_add_(total, delta)
+    torch._foreach_div_(move, total if delta else hess)
     radius = float(group["clip_radius"])
     if radius != math.inf:
         torch._foreach_clamp_min_(move, -radius)
@@ -451,18 +468,26 @@ def _update(batch: _Batch, group: dict[str, Any], gradient: list[Tensor], curvat
     torch._foreach_add_(mean, move, alpha=-float(group["lr"]) * kappa)
 
 
-def _sigma(batch: _Batch, group: dict[str, Any]) -> list[Tensor]:
-    sigma = list(torch._foreach_add(batch.cut("hess"), float(group["weight_decay"])))
-    torch._foreach_mul_(sigma, float(group["ess"]))
-    torch._foreach_rsqrt_(sigma)
-    return sigma
+def _root(batch: _Batch, group: dict[str, Any]) -> list[Tensor]:
+    """sigma sqrt(lambda)."""
+    root = list(torch._foreach_add(batch.cut("hess"), float(group["weight_decay"])))
+    torch._foreach_rsqrt_(root)
+    return root
 
 
 def _write_draw(batch: _Batch, group: dict[str, Any], draw: Draw) -> None:
     """value = m + sigma eps."""
-    value, sample = batch.cut("value"), _sigma(batch, group)
-    torch._foreach_mul_(sample, batch.normals)
-    torch._foreach_add_(sample, batch.cut("mean"))
+    value, mean, root, scale = (
+        batch.cut("value"),
+        batch.cut("mean"),
+        _root(batch, group),
+        group["ess"] ** -0.5,
+    )
+    if value[0].dtype == torch.float32:
+        torch._foreach_copy_(value, mean)
+        torch._foreach_addcmul_(value, root, batch.normals, value=scale)
+        return
+    sample = list(torch._foreach_addcmul(mean, root, batch.normals, value=scale))
     if value[0].dtype == torch.bfloat16:
         bits = draw.bits(batch.block, batch.stop, value[0].device)
         sample = [

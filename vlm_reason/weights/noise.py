@@ -3,19 +3,23 @@
     eps_i = normal(seed, stream, step, draw, block)[i mod 65536],    block = i div 65536
 
 One generator a block: how elements are grouped into tensors or cut into shards makes no difference, and a run that is
-resumed draws what it would have drawn. Seeds of the blocks of one draw are all different. A CPU generator takes 32 bits
-of seed, so over millions of draws a block's noise can come back at another time or place; that is harmless. CPU and
-CUDA have different generators, so the same seed gives different noise on them.
+resumed draws what it would have drawn.
+
+On the CPU: Philox bits, 16 to a number, look up one of 65,536 equally likely quantiles of the normal law, scaled to
+variance 1 (fourth moment 2.9992, none beyond 4.33). It takes a third of the time of torch's generator, which
+alone takes as long as a whole AdamW step. On CUDA: torch's generator. The same seed gives different noise on the two.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,16 +41,23 @@ class Draw:
     draw: int = 0
 
     def block_seed(self, block: int, purpose: int = 0) -> int:
-        """64 bits, the lower 32 of which differ between any two blocks of a draw."""
-        packed = struct.pack("<5Q", self.seed % 2**64, self.stream, self.step, self.draw, purpose)
-        start = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+        """64 bits, the lower 32 of which, all that torch's CPU generator takes, differ between blocks of a draw."""
+        start = self._hash(purpose)
         return (start & ~0xFFFFFFFF) | ((start + block) & 0xFFFFFFFF)
+
+    def _hash(self, purpose: int = 0) -> int:
+        packed = struct.pack("<5Q", self.seed % 2**64, self.stream, self.step, self.draw, purpose)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
     def normal(self, block: int, stop: int, device: torch.device) -> Tensor:
         """The block's first `stop` standard normals, fp32."""
-        size = -(-stop // _VECTOR) * _VECTOR if device.type == "cpu" else BLOCK
-        generator = torch.Generator(device).manual_seed(self.block_seed(block))
-        return torch.empty(size, device=device).normal_(generator=generator)[:stop]
+        if device.type != "cpu":
+            generator = torch.Generator(device).manual_seed(self.block_seed(block))
+            return torch.empty(BLOCK, device=device).normal_(generator=generator)[:stop]
+        words = np.random.Philox(key=[self._hash(), block]).random_raw(-(-stop // 4))
+        normals = np.empty(stop, np.float32)
+        np.take(_quantiles(), words.astype("<u8", copy=False).view("<u2")[:stop], out=normals, mode="clip")
+        return torch.from_numpy(normals)
 
     def bits(self, block: int, stop: int, device: torch.device) -> Tensor:
         """The block's first `stop` uniform integers below 2^16, int32, for stochastic rounding."""
@@ -55,6 +66,14 @@ class Draw:
         return torch.empty(size, dtype=torch.int32, device=device).random_(0, 1 << 16, generator=generator)[
             :stop
         ]
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    """Of the middles of 65,536 equal parts of probability, fp32 [65536]; their mean square is 1."""
+    middle = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    values = torch.special.ndtri(middle)
+    return (values / values.square().mean().sqrt()).float().numpy()
 
 
 @dataclass(frozen=True)
@@ -91,30 +110,26 @@ def cut_into_blocks(spans: Sequence[tuple[int, int]]) -> list[Block]:
     ]
 
 
-def drawn_ahead(
-    draw: Draw, blocks: Sequence[Block], device: torch.device
-) -> Iterator[tuple[Block, Callable[[Piece], Tensor]]]:
-    """(block, piece -> its normals), block after block. With more than one thread, the next block's noise is drawn on
-    the CPU while this one is worked on: the generator itself uses only one."""
+def for_each_block(blocks: Sequence[Block], device: torch.device, work: Callable[[Block], None]) -> None:
+    """work(block) for all of them, without gradients. On the CPU each of torch's threads takes whole blocks, with a
+    single thread inside: splitting every small operation over the threads costs more than it gains."""
+    threads = torch.get_num_threads()
 
-    def noise(block: Block) -> Tensor:
-        return draw.normal(block.number, block.stop, device)
+    @torch.no_grad()
+    def run(block: Block) -> None:
+        work(block)
 
-    def of(normals: Tensor) -> Callable[[Piece], Tensor]:
-        return lambda piece: normals[piece.offset : piece.offset + piece.hi - piece.lo]
-
-    if device.type != "cpu" or torch.get_num_threads() == 1 or len(blocks) < 4:
+    if device.type != "cpu" or threads == 1 or len(blocks) < 4:
         for block in blocks:
-            yield block, of(noise(block))
+            run(block)
         return
-    ahead = 2
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: list[Future[Tensor]] = [pool.submit(noise, block) for block in blocks[:ahead]]
-        for k, block in enumerate(blocks):
-            normals = waiting.pop(0).result()
-            if k + ahead < len(blocks):
-                waiting.append(pool.submit(noise, blocks[k + ahead]))
-            yield block, of(normals)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(run, blocks):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
