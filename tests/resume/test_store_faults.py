@@ -47,7 +47,7 @@ def fill(tiny_llama: Any, tiny_tokenizer: Any) -> Fill:
         builder = PromptBuilder(tiny_tokenizer, template(prior))
         used = tiny_llama if model is None else model
         engine = HFEngine(used, tiny_tokenizer)
-        source = provenance_of(engine, builder, config, fingerprint_weights(used))
+        source = provenance_of(engine, builder.fingerprint(), config, fingerprint_weights(used))
         judge = make_judge(make_verifier("number"), builder)
         with SampleStore(folder) as store:
             if before_append is not None:

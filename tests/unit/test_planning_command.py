@@ -189,4 +189,4 @@ def test_the_quickstart_is_planned_from_its_own_prompts(capfd) -> None:
     plain, worked = ({a["name"]: a["value"] for a in r["assumptions"]} for r in results)
     assert 5 < plain["prompt tokens"] < 30 < worked["prompt tokens"]
     assert plain["hinted prompt tokens"] > plain["prompt tokens"]
-    assert results[0]["run"]["steps"] == 60
+    assert results[0]["run"]["steps"] == 6 * 160 // 16 * 2  # rounds, problems a window, a step, epochs
