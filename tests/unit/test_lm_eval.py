@@ -618,6 +618,7 @@ def test_the_command(folder, adapters, task_files, tmp_path, capfd) -> None:
             "lm-eval cannot load the tasks (FileNotFound",
         ),
         (["lm-eval", "model=x", "-o", str(out)], "no task: name one"),
+        (["lm-eval", "no.yaml", "model=x", "-o", str(lost)], "is a file; give a folder"),
         (["lm-eval", "no.yaml", "-o", str(out), f"model={folder}"], "task file 'no.yaml' does not exist"),
         (
             ["lm-eval", task_files["choices"], f"model={folder}", "rationale=3", "-o", str(out)],

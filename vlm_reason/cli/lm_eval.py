@@ -84,6 +84,9 @@ def _run(options: argparse.Namespace) -> Result:
     settings = apply_overrides({}, [item for item in options.items if "=" in item])
     if not tasks:
         raise UserError("no task: name one, as in `vlm-reason lm-eval my_task.yaml -o OUTPUT model=MODEL`")
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {options.output!r} is a file; give a folder")
     config = from_dict(LMEvalConfig, settings)
     if config.engine == "vllm":
         from ..engines.launch import enter_environment
@@ -92,7 +95,6 @@ def _run(options: argparse.Namespace) -> Result:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..evaluation.lm_eval.run import RunOptions, run
 
-    output = Path(options.output)
     lm = _model(config, output, progress=not options.quiet)
     chosen = {name: value for name, value in to_dict(config).items() if name in _OF_RUN}
     found = run(lm, tasks, from_dict(RunOptions, {**chosen, "samples": str(output / "samples")}))
