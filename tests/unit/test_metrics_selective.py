@@ -180,3 +180,11 @@ def test_nothing_and_bad_values() -> None:
     with pytest.raises(UserError, match="on_invalid must be"):
         aurc([0], [0], on_invalid="ignore")
     assert aurc([0.3], [1.0]).flags == ("single",)
+
+
+def test_resamples_without_a_positive_say_nothing_about_the_false_positive_rate() -> None:
+    """One positive among 50, in the middle: FPR 0.5 or so whenever it is drawn. 36 % of resamples lack it."""
+    score = np.arange(50.0)
+    estimate = fpr_at_95(score, score == 25)
+    assert estimate.value == pytest.approx(24 / 49)
+    assert estimate.ci[0] > 0.3 and estimate.se < 0.1

@@ -19,6 +19,7 @@ from vlm_reason.ranking import (
     lacking,
     outcome,
     rank,
+    rank_members,
     score_candidates,
     score_matrices,
 )
@@ -116,6 +117,22 @@ def test_best_of_n_by_rewards() -> None:
     assert rank(candidates(), "best_of_n_last").rationales[:3] == (2, 0, 1)  # 0.99, 0.8, 0.7
     with pytest.raises(UserError, match=r"step scores in \[0, 1\].* has \[1.5\] for rationale 1"):
         rank(candidates(steps=((0.5,), (1.5,), (0.1,), (0.1,))), "best_of_n_min")
+
+
+def test_products_of_zero_choose_no_answer() -> None:
+    ranking = rank(candidates(steps=((0.0,), (0.0, 1.0), (0.0,), (0.0,))), "best_of_n_prod")
+    assert ranking.classes == () and ranking.posterior == () and ranking.answer is None
+
+
+def test_equal_beliefs_of_members_in_another_order_are_equal() -> None:
+    """(0.2 + 0.4 + 0.6) / 3 and (0.6 + 0.4 + 0.2) / 3 differ in their last bit."""
+
+    def votes(eights: int) -> Candidates:
+        return Candidates("p", ("8", "15"), ("8", "15"), (0,) * eights + (1,) * (5 - eights))
+
+    up = rank_members([votes(n) for n in (1, 2, 3)], "majority")
+    down = rank_members([votes(n) for n in (3, 2, 1)], "majority")
+    assert up.posterior == down.posterior == (0.6, 0.4) and up.classes == down.classes == ("15", "8")
 
 
 def test_importance_weighs_by_p_over_q_and_reports_its_weights() -> None:

@@ -39,6 +39,13 @@ def world(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return c, (rng.random(n) < c**2).astype(float)
 
 
+def test_the_plug_in_rule_takes_a_share_of_errors_that_is_the_target() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point; 29 wrong of 100 are a risk of 0.29."""
+    y = np.r_[np.zeros(29), np.ones(71)]
+    chosen = choose_threshold(np.full(100, 0.5), y, 0.29, 0.1, "plug-in")
+    assert (chosen.answered, chosen.wrong) == (100, 29)
+
+
 def test_the_certificate_holds_and_the_plug_in_rule_promises_nothing() -> None:
     """Over 400 calibration sets of 300: the true risk of the chosen threshold is known, so failures can be counted."""
     rng = np.random.default_rng(0)

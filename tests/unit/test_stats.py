@@ -36,6 +36,14 @@ def test_wilson_is_the_closed_form_and_symmetric(n: int, data: st.DataObject) ->
     assert mirror.ci == pytest.approx((1 - estimate.ci[1], 1 - estimate.ci[0]), abs=1e-9)
 
 
+@pytest.mark.parametrize("right", [1, 3, 5])
+def test_items_of_one_share_keep_a_width_whatever_rounds(right: int) -> None:
+    """Three items with 1 of 10 right each: (0.1 + 0.1 + 0.1) / 3 is not 0.1 to the last bit, the spread is 0 all the same."""
+    estimate = clustered_share([right / 10] * 3, [0, 1, 2])
+    assert estimate.se == 0.0 and "degenerate" in estimate.flags
+    assert estimate.ci[1] - estimate.ci[0] > 0.3
+
+
 def test_wilson_refuses_shares() -> None:
     with pytest.raises(ValueError, match=r"0/1 items, got 0\.5"):
         wilson([0.5])

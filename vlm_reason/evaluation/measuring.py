@@ -52,22 +52,26 @@ def row_names(traces: int, answers: int, members: int) -> tuple[str, ...]:
 
 
 def measure(
-    records: Sequence[SampleRecord], believed: Mapping[str, Belief], too_long: Sequence[str], members: int
+    records: Sequence[SampleRecord],
+    believed: Mapping[str, Belief] | None,
+    too_long: Sequence[str],
+    members: int,
 ) -> Measured:
-    """records: judged samples, of M = `members` models. believed: problem -> belief, empty with one sample a problem.
+    """records: judged samples, of M = `members` models. believed: problem -> belief, None with one sample a problem.
     too_long: problems that were never drawn, which count as wrong. No record at all gives rows of NaN, flagged."""
     result = summarise(records, members=members > 1, undrawn=too_long)
     rows = result.rows()
-    if believed:
+    if believed is not None and (believed or too_long):
         rows |= answer_rows(believed, too_long)
+    if believed:
         rows |= belief_rows(list(believed.values()), members)
     flag = (f"too_long={len(too_long)}",) if too_long else ()
     rows = {name: replace(row, flags=(*row.flags, *flag)) for name, row in rows.items()}
     items = {
-        problem: {"correct": value, **(believed[problem].to_json() if problem in believed else {})}
+        problem: {"correct": value, **(believed[problem].to_json() if problem in (believed or {}) else {})}
         for problem, value in result.per_problem.items()
     }
-    if believed:
+    if believed is not None:
         items |= {p: {"correct": 0.0, "right": False, "confidence": 0.0} for p in too_long}
     return Measured(rows, items, result.verifier_failures)
 

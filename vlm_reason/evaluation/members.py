@@ -120,6 +120,7 @@ def load_members(model: str, dtype: str, folders: Sequence[str], options: Mappin
 
     UserError for a folder that is neither, for a mixture of both, and for an adapter that does not fit the model.
     """
+    folders = [str(Path(folder).expanduser()) for folder in folders]
     kinds = {folder: _kind(folder) for folder in folders}
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in kinds.items())
@@ -175,7 +176,7 @@ def hash_adapter(folder: str | Path) -> str:
 
 
 def _kind(folder: str) -> str:
-    path = Path(folder).expanduser()
+    path = Path(folder)
     if all((path / name).is_file() for name in ADAPTER_FILES):
         return "adapter"
     if (path / "config.json").is_file():

@@ -94,7 +94,7 @@ def choose_threshold(
     for t in sorted(GRID, reverse=True):
         kept = _answered(c, t)
         n, wrong = int(kept.sum()), int((1 - y[kept]).sum())
-        passes = binom.cdf(wrong, n, risk) <= level if rule == "certified" else wrong <= risk * n
+        passes = binom.cdf(wrong, n, risk) <= level if rule == "certified" else wrong <= risk * n + ROUNDING
         if n and passes:
             best = Threshold(
                 float(t), rule, risk, delta, len(c), n, wrong, _upper(wrong, n, level), len(GRID)

@@ -74,15 +74,16 @@ def rank_members(members: Sequence[Candidates], method: str = "mixture") -> Memb
     table = np.array([_aligned(r, r.posterior, names) for r in heard])  # [M, C]
     errors = np.array([_aligned(r, r.se, names) for r in heard])
     mean, m = table.mean(0), len(heard)
+    shown = mean.round(12)  # equal beliefs stay equal, whatever the order their members are summed in
     se = table.std(0, ddof=1) / math.sqrt(m) if m > 1 else errors[0]
     plug_in = max(0.0, float(entr(mean).sum() - entr(table).sum(1).mean()))
     noise = np.divide((np.nan_to_num(errors) ** 2).mean(0), mean, out=np.zeros_like(mean), where=mean > 0)
     debiased = max(0.0, plug_in - (1 - 1 / m) / 2 * float(noise.sum()))
-    order = sorted(range(len(names)), key=lambda c: -mean[c])
+    order = sorted(range(len(names)), key=lambda c: -shown[c])
     return MemberRanking(
         method,
         tuple(names[c] for c in order),
-        tuple(float(mean[c]) for c in order),
+        tuple(float(shown[c]) for c in order),
         tuple(float(se[c]) for c in order),
         debiased,
         plug_in,

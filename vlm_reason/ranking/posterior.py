@@ -123,6 +123,8 @@ def make_ranking(
 ) -> Ranking:
     """Sort both posteriors. names: the classes that `answers` belongs to, in order of their text."""
     weights = weights or Weights()
+    if not answers.value.any():  # no class has any support: none is the answer
+        names, answers = [], Shares(answers.value[:0], answers.se[:0])
     by_class = sorted(range(len(names)), key=lambda c: -answers.value[c])
     by_draw = sorted(range(len(rationales.value)), key=lambda n: -rationales.value[n])
     degenerate = bool(len(names)) and not (answers.se > 0).any() and not np.isnan(answers.se).any()

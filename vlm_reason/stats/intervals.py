@@ -34,7 +34,7 @@ def mean_interval(values: ArrayLike, on_invalid: OnInvalid = "raise") -> Estimat
     mean = float(array.mean())
     if n == 1:
         return Estimate(mean, NAN, (NAN, NAN), 1, dropped, "t", ("single",))
-    se = float(array.std(ddof=1)) / math.sqrt(n)
+    se = _rounded_off(float(array.std(ddof=1)) / math.sqrt(n), mean)
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * se
     return Estimate(mean, se, (mean - half, mean + half), n, dropped, "t", ("degenerate",) if se == 0 else ())
 
@@ -79,7 +79,7 @@ def clustered(values: ArrayLike, clusters: Labels, on_invalid: OnInvalid = "rais
     count = len(sums)
     if count == 1:
         return Estimate(mean, NAN, (NAN, NAN), n, dropped, "clustered", ("single",))
-    se = math.sqrt(count / (count - 1) * float(sums @ sums)) / n
+    se = _rounded_off(math.sqrt(count / (count - 1) * float(sums @ sums)) / n, mean)
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * se
     flags = ("degenerate",) if se == 0 else ()
     return Estimate(mean, se, (mean - half, mean + half), n, dropped, "clustered", flags)
@@ -135,6 +135,11 @@ def factorise(labels: Labels) -> tuple[NDArray[np.int64], int]:
     known: dict[Hashable, int] = {}
     codes = np.fromiter((known.setdefault(x, len(known)) for x in labels), dtype=np.int64, count=len(labels))
     return codes, len(known)
+
+
+def _rounded_off(se: float, mean: float) -> float:
+    """0 where the spread is rounding: equal values such as 1/10 need not sum to their exact mean."""
+    return 0.0 if se <= 1e-12 * max(1.0, abs(mean)) else se
 
 
 def finite(values: ArrayLike, on_invalid: OnInvalid = "raise") -> tuple[NDArray[np.float64], int]:

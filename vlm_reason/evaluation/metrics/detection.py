@@ -135,7 +135,8 @@ def _fpr(positives: Array, negatives: Array) -> Array:
     found, alarms = np.cumsum(positives, axis=1), np.cumsum(negatives, axis=1)
     wanted = np.ceil(0.95 * found[:, -1:] - 1e-9)
     at = np.argmax(found >= wanted, axis=1)
-    return alarms[np.arange(len(at)), at] / alarms[:, -1]
+    rate = alarms[np.arange(len(at)), at] / alarms[:, -1]
+    return np.where(found[:, -1] > 0, rate, np.nan)  # a resample without a positive has no such rate
 
 
 def _nothing(y: Array, dropped: int, method: str) -> Estimate | None:
