@@ -32,8 +32,8 @@ from vlm_reason.tasks.prompts import PromptBuilder
 from vlm_reason.tasks.verifiers import make_verifier
 from vlm_reason.traces import PRESETS, TraceConfig, build
 from vlm_reason.traces.measure import measure
+from vlm_reason.traces.recipe import deal
 from vlm_reason.traces.rows import group_rows
-from vlm_reason.traces.window import deal
 from vlm_reason.types import Coefficients
 
 REPO = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from vlm_reason.tasks.verifiers import make_verifier
 from vlm_reason.traces import Component, Evidence, Phase, Proposal
 from vlm_reason.traces.measure import measure, sampling_law, verify_answers
 from vlm_reason.traces.mismatch import Mismatch, compare
-from vlm_reason.traces.recipe import PRIOR
+from vlm_reason.traces.recipe import PRIOR, deal
 from vlm_reason.traces.replay import CHAIN
 from vlm_reason.types import Coefficients
 
@@ -80,6 +80,26 @@ def test_a_mixtures_density_is_the_logsumexp_of_its_shares_and_components(engine
             assert float(scores.length[g, k]) == len(trace.ids)
     # the balance heuristic: pi / r is at most 1 / share of pi
     assert bool((scores.logp_prior - scores.logq <= math.log(4) + 1e-5).all())
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_the_shares_of_a_mixture_are_those_that_were_dealt(engine, prompts, chain):
+    """Halves of 3 traces are 2 and 1: with these the mean of f / r over the slots is the sum of f, with halves not."""
+    proposal = Proposal((Component("reasoner", "prior", 0.5), Component("posterior", "hinted", 0.5)))
+    plan = [
+        Draw(c.name, c.adapter, hinted=c.prompt == "hinted")  # as a window draws them
+        for c in deal(proposal.components, 3)
+    ]
+    (made,) = draw(engine, prompts, plan, [PROBLEMS[0]])
+    if chain:  # it was dealt to nobody
+        made = replace(made, traces=(replace(made.traces[0], proposal=CHAIN), *made.traces))
+    logq = measure([made], phase(proposal), engine, prompts, None).scores.logq[0]
+    x, hinted = prompts.prior_ids(made.problem), prompts.hinted_ids(made.problem)
+    for value, trace in zip(logq.tolist(), made.traces, strict=True):
+        prior = total(engine, x, trace.ids, Law("reasoner"))
+        posterior = total(engine, hinted, trace.ids, Law("posterior"))
+        density = math.log(2 / 3 * math.exp(prior) + 1 / 3 * math.exp(posterior))
+        assert value == pytest.approx(density, abs=1e-3)
 
 
 def test_three_laws_are_kept_apart(engine, prompts):

@@ -8,7 +8,7 @@ from vlm_reason.errors import UserError
 from vlm_reason.traces import Component, Evidence, Phase, Recipe
 from vlm_reason.traces.config import TraceConfig
 from vlm_reason.traces.order import place_of, step_members, window_problems
-from vlm_reason.traces.window import deal
+from vlm_reason.traces.recipe import deal
 from vlm_reason.types import Coefficients
 
 

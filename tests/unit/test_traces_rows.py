@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vlm_reason.errors import UserError
 from vlm_reason.scoring.logprobs import score_sequences
 from vlm_reason.tasks.prompts import PromptBuilder
 from vlm_reason.traces import Evidence, Phase
-from vlm_reason.traces.rows import Row, dataset_rows, group_rows, rows_objective
+from vlm_reason.traces.rows import Row, dataset_rows, group_rows, rows_objective, sampler_logps
 from vlm_reason.types import Coefficients
 
 
@@ -219,3 +220,30 @@ def test_the_fallback_rows_are_the_rationale_with_weight_one(prompts):
 def test_a_problem_without_a_rationale_is_named(prompts):
     with pytest.raises(UserError, match="'p3' has no rationale to fall back on: add a 'rationale' field"):
         dataset_rows(group(prompts, problem(3, rationale=None), [" x"]), phase(), prompts)
+
+
+def test_the_samplers_numbers_are_those_of_the_very_answer(prompts):
+    """One answer may end as another does: the cue between trace and answer tells them apart."""
+    g = group(prompts, problem(3), [" 3+4"], answers=[["7", "17"]])
+    trace = g.traces[0]
+    short, long = (
+        replace(a, ids=a.ids[-n:], logps=(-n / 8.0,) * n) for a, n in zip(trace.answers, (2, 3), strict=True)
+    )
+    assert long.ids[-2:] == short.ids
+    g = replace(g, traces=(replace(trace, answers=(short, long)),))
+    z, cue = trace.ids, prompts.cue_ids
+    sampled = trace.completion.logps
+    for answer in (short, long):
+        joined = Row(
+            "reasoner",
+            trace.prompt_ids,
+            (*z, *cue, *answer.ids),
+            (1.0,) * (len(z) + len(cue) + len(answer.ids)),
+        )
+        assert sampler_logps(joined, g, cue) == (*sampled, *(0.0,) * len(cue), *answer.logps)
+        behind = Row("reasoner", (*trace.prompt_ids, *z, *cue), answer.ids, (1.0,) * len(answer.ids))
+        assert sampler_logps(behind, g, cue) == answer.logps
+    assert sampler_logps(Row("reasoner", trace.prompt_ids, z, (1.0,) * len(z)), g, cue) == sampled
+    other = Row("reasoner", trace.prompt_ids, (*z, *cue, *long.ids[:1], *long.ids), (1.0,) * 20)
+    with pytest.raises(ValueError, match="'p3' was not drawn by the sampler"):
+        sampler_logps(other, g, cue)

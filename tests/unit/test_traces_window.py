@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.traces_parts import TEMPLATE, adapted, group, problem
-from vlm_reason.engines.base import Law, SampleRequest, ScoreRequest
+from vlm_reason.engines.base import EngineLost, Law, SampleRequest, ScoreRequest
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.errors import UserError
 from vlm_reason.tasks.prompts import PromptBuilder
 from vlm_reason.tasks.verifiers import make_verifier
 from vlm_reason.traces import Component, Evidence, Phase, Proposal, TraceConfig, build
-from vlm_reason.traces.recipe import EMPTY, HINTED, PRIOR
+from vlm_reason.traces.recipe import EMPTY, HINTED, PRIOR, deal
 from vlm_reason.traces.replay import ChainMemory
-from vlm_reason.traces.window import WindowMaker, deal
+from vlm_reason.traces.window import WindowMaker
 from vlm_reason.types import Coefficients, Completion
 
 EASY, HARD = problem(1, rationale="1 and 2"), problem(4, rationale="4 and 5")
@@ -268,3 +268,20 @@ def test_a_right_draw_becomes_the_chain_and_comes_back_at_the_next_visit(scripte
         window.metrics["unhinted_accuracy"] == 0.5
     )  # of the two fresh traces; the chain is right by selection
     assert window.metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_window_that_fails_leaves_no_chain_behind(scripted, prompts, tmp_path):
+    """The checkpoint of the step before it would hold chains of a visit that is drawn again."""
+    phase, memory = replace(build("trice").phases[0], kl=0.1), ChainMemory()
+
+    class Lost(ScriptedEngine):
+        def score(self, requests, progress=None):
+            if any(request.law.adapter is None for request in requests):
+                raise EngineLost("gone")
+            return super().score(requests, progress)
+
+    with pytest.raises(EngineLost):
+        make(maker(Lost(scripted.tokenizer), tmp_path), phase, prompts, traces=1, memory=memory)
+    assert memory.to_json() == []
+    make(maker(scripted, tmp_path), phase, prompts, traces=1, memory=memory)
+    assert [row["problem_id"] for row in memory.to_json()] == ["p1"]

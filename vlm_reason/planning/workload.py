@@ -15,8 +15,7 @@ import torch
 
 from ..traces.config import TraceConfig
 from ..traces.measure import PRIOR_NAME, wants_gold
-from ..traces.recipe import Component, Phase
-from ..traces.window import deal
+from ..traces.recipe import Component, Phase, deal
 from ..types import Coefficients, Scores
 from .lengths import PromptLengths, TextLength
 

@@ -12,8 +12,8 @@ from ..tasks.prompts import PromptBuilder
 from ..types import Problem
 from .config import TraceConfig
 from .measure import wants_gold
-from .recipe import Phase, Recipe
-from .window import deal, given_traces
+from .recipe import Phase, Recipe, dealt_counts
+from .window import given_traces
 
 
 def check_devices(args: TraceConfig) -> None:
@@ -67,7 +67,7 @@ def check_run(
         )
     for phase in recipe.phases:
         if phase.proposal.components:
-            deal(phase.proposal.components, traces)
+            dealt_counts(phase.proposal.components, traces)
         bare = [p.id for p in problems if p.metadata.get("rationale") is None]
         if phase.null_group == "dataset" and bare:
             raise UserError(

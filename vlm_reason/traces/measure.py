@@ -19,7 +19,7 @@ from ..tasks.verifiers import Verdict, Verifier, verdict_on
 from ..types import Scores, Trace, TraceGroup
 from . import evidence
 from .mismatch import Mismatch, compare
-from .recipe import PRIOR, Component, Phase
+from .recipe import PRIOR, Component, Phase, dealt_counts
 from .replay import CHAIN
 
 PRIOR_NAME = PRIOR.components[0].name
@@ -373,18 +373,29 @@ def _proposal_density(
     score: _Scorer,
     width: int,
 ) -> Tensor:
-    """log r(z) = logsumexp_c [log share_c + log r_c(z)] under the laws that sampled; [G, K]."""
+    """log r(z) = logsumexp_c [log(n_c / K) + log r_c(z)] under the laws that sampled; [G, K].
+
+    n_c of the K fresh traces were drawn from r_c: only with the counts themselves, not the shares that they round, is
+    the mean over the K traces of f(z) / r(z) an unbiased estimate of sum_z f(z)."""
     components = phase.proposal.components
     if not components:
         return torch.zeros(len(groups), width)
-    total = sum(c.share for c in components)
+    shares = torch.stack([_dealt_shares(components, group) for group in groups], dim=1)
     terms = []
-    for component in components:
+    for component, share in zip(components, shares, strict=True):
         law = Law(adapter_name(component), *score.law)
         prompt = prompts.hinted_ids if component.prompt == "hinted" else prompts.prior_ids
         logps = _trace_logps(groups, law, component.name, prompt, score, width)
-        terms.append(torch.tensor(component.share / total).log() + logps)
+        terms.append(share.log().unsqueeze(1) + logps)
     return torch.logsumexp(torch.stack(terms), dim=0)
+
+
+def _dealt_shares(components: Sequence[Component], group: TraceGroup) -> Tensor:
+    """n_c / K of a group's fresh traces, [C]; a stored chain was dealt to nobody."""
+    if len(components) == 1:
+        return torch.ones(1)
+    fresh = sum(trace.proposal != CHAIN for trace in group.traces)
+    return torch.tensor(dealt_counts(components, fresh), dtype=torch.float32) / fresh
 
 
 def adapter_name(component: Component) -> str | None:

@@ -12,7 +12,7 @@ See presets/ for one file a method, and docs/traces.md for the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,9 +50,9 @@ class Component:
 @dataclass(frozen=True)
 class Proposal:
     """r, the law of the traces. Several components make a mixture: the K traces are dealt to them by `share`
-    (deterministically, largest remainder), and every trace is scored under the mixture density
+    (deterministically, largest remainder; n_c of K), and every trace is scored under the mixture density
 
-        log r(z) = logsumexp_c [ log share_c + log r_c(z) ]        (the balance heuristic, Veach & Guibas 1995)
+        log r(z) = logsumexp_c [ log(n_c / K) + log r_c(z) ]       (the balance heuristic, Veach & Guibas 1995)
 
     `dataset`: traces come with the problems (`Problem.metadata["rationale"]` or `["traces"]`), r = 1;
     `empty`: the one trace is the empty one. `chain`: the problem's stored chain joins the K. `greedy`:
@@ -70,6 +70,33 @@ class Proposal:
             raise UserError("a proposal needs at least one component (or dataset=True)")
         if any(c.share <= 0 for c in self.components):
             raise UserError(f"component shares must be > 0, got {[c.share for c in self.components]}")
+
+
+def deal(components: Sequence[Component], traces: int) -> list[Component]:
+    """K traces dealt to the components by share (largest remainder), in the components' order. UserError as
+    `dealt_counts`."""
+    counts = dealt_counts(components, traces)
+    return [c for c, count in zip(components, counts, strict=True) for _ in range(count)]
+
+
+def dealt_counts(components: Sequence[Component], traces: int) -> list[int]:
+    """n_c of each component, sum_c n_c = K.
+
+    Raises UserError when a component would get none: its density would enter the mixture without ever being drawn.
+    """
+    total = sum(c.share for c in components)
+    exact = [c.share / total * traces for c in components]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(components)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: traces - sum(counts)]:
+        counts[i] += 1
+    for component, count in zip(components, counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"K = {traces} traces leave none for the proposal component {component.name!r} (share "
+                f"{component.share / total:.3g}): raise traces_per_prompt or its share"
+            )
+    return counts
 
 
 PRIOR = Proposal((Component("reasoner", "prior"),))

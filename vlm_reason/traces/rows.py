@@ -114,19 +114,20 @@ def _joined(
     return Row(adapter, tuple(prior), (*z, *cue, *y), (*c_z, *(0.0 for _ in cue), *(c_y for _ in y)))
 
 
-def sampler_logps(row: Row, group: TraceGroup) -> tuple[float, ...]:
+def sampler_logps(row: Row, group: TraceGroup, cue_ids: Sequence[int]) -> tuple[float, ...]:
     """The sampler's log-probabilities of a row's target: of the trace, of the answer behind it, 0 at the cue between
-    them. For rows at the prompt that sampled, with sampled answers. ValueError for one that the group did not draw."""
+    them (`cue_ids`). For rows at the prompt that sampled, with sampled answers. ValueError for one that the group did
+    not draw."""
+    cue = tuple(cue_ids)
     for trace in group.traces:
         tail = row.target[len(trace.ids) :]
         if row.context == trace.prompt_ids and row.target[: len(trace.ids)] == trace.ids:
             if not tail:
                 return trace.completion.logps
             for answer in trace.answers:
-                if answer.ids and tail[-len(answer.ids) :] == answer.ids and len(tail) > len(answer.ids):
-                    cue = len(tail) - len(answer.ids)
-                    return (*trace.completion.logps, *(0.0,) * cue, *answer.logps)
-        elif row.context[: len(trace.prompt_ids) + len(trace.ids)] == (*trace.prompt_ids, *trace.ids):
+                if tail == (*cue, *answer.ids):
+                    return (*trace.completion.logps, *(0.0,) * len(cue), *answer.logps)
+        elif row.context == (*trace.prompt_ids, *trace.ids, *cue):
             for answer in trace.answers:
                 if row.target == answer.ids:
                     return answer.logps

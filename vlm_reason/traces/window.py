@@ -29,7 +29,7 @@ from .config import TraceConfig
 from .diagnostics import generated_tokens, window_metrics
 from .distributed import Ranks
 from .measure import EvidenceFunction, Measured, adapter_name, measure, verify_answers
-from .recipe import Component, Phase, State
+from .recipe import Component, Phase, State, deal
 from .replay import ChainMemory
 from .rows import Row, dataset_rows, group_rows, sampler_logps
 from .shares import Share, merged
@@ -98,7 +98,6 @@ class WindowMaker:
         scored = time.perf_counter()
         coefficients, state = phase.weigh(_with_problem_keys(measured, groups).scores, state)
         _check_finite(coefficients, phase)
-        _keep_chains(memory, groups, coefficients)
         staleness = policy_version - versions[0]
         rows, counts = self._rows(groups, phase, coefficients, training, staleness > 0)
         metrics = window_metrics(groups, measured, coefficients, [bool(r) for r in rows])
@@ -109,6 +108,7 @@ class WindowMaker:
         metrics["seconds/score"] = seconds.get("score", 0.0)
         metrics["seconds/weigh"] = time.perf_counter() - scored
         table = _completions(groups, measured, coefficients) if self.config.log_completions else ()
+        _keep_chains(memory, groups, coefficients)  # last: a window that fails before leaves no chain behind
         return Window(index, phase_index, rows, counts, metrics, table), state
 
     def draw(
@@ -256,7 +256,7 @@ class WindowMaker:
             if null and phase.null_group == "dataset":
                 made, null = dataset_rows(group, phase, prompts), False
             if stale and phase.clip is not None:
-                made = [replace(row, old=sampler_logps(row, group)) for row in made]
+                made = [replace(row, old=sampler_logps(row, group, prompts.cue_ids)) for row in made]
             rows.append(() if null else tuple(made))
             counts.append(0 if null and phase.null_group == "renormalise" else 1)
         return self._with_references(rows, phase), tuple(counts)
@@ -281,26 +281,6 @@ class WindowMaker:
         scored = [next(shares[i % len(shares)]) for i in range(len(flat))]
         done = iter(replace(row, old=old, ref=ref) for row, (old, ref) in zip(flat, scored, strict=True))
         return tuple(tuple(next(done) for _ in group) for group in rows)
-
-
-def deal(components: Sequence[Component], traces: int) -> list[Component]:
-    """K traces dealt to the components by share (largest remainder), in the components' order.
-
-    Raises UserError when a component would get none: its density would enter the mixture without ever being drawn.
-    """
-    total = sum(c.share for c in components)
-    exact = [c.share / total * traces for c in components]
-    counts = [int(e) for e in exact]
-    by_remainder = sorted(range(len(components)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: traces - sum(counts)]:
-        counts[i] += 1
-    for component, count in zip(components, counts, strict=True):
-        if count == 0:
-            raise UserError(
-                f"K = {traces} traces leave none for the proposal component {component.name!r} (share "
-                f"{component.share / total:.3g}): raise traces_per_prompt or its share"
-            )
-    return [c for c, count in zip(components, counts, strict=True) for _ in range(count)]
 
 
 def _given(problem: Problem, prompts: PromptBuilder, traces: int) -> TraceGroup:
