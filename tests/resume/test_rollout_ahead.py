@@ -203,12 +203,39 @@ def test_ctrl_c_ends_what_is_drawn_ahead(tiny_llama, tiny_tokenizer, tmp_path):
     assert engine.closed.is_set()
 
 
+def test_rows_that_wait_are_written_before_a_lost_engines_checkpoint(tiny_llama, tiny_tokenizer, tmp_path):
+    """Several processes sum their shares once a logging step; what waits then would be missing after a resume, which
+    begins behind those steps."""
+    own = trainer(tiny_llama, tiny_tokenizer, tmp_path / "lost", build("rws"), rounds=3, logging_steps=100)
+    make, flush = own._make_window, own._log.flush
+    own._log.flush = lambda: None  # as several processes do between logging steps
+
+    def lost_at_the_third(place):
+        if place.window == 2:
+            own._log.flush = flush
+            raise EngineLost("gone")
+        return make(place)
+
+    own._make_window = lost_at_the_third
+    with pytest.raises(EngineLost):
+        own.train()
+    found = latest_checkpoint(tmp_path / "lost")
+    assert found is not None and found.name == f"checkpoint-{2 * STEPS}"
+    assert [row["step"] for row in rows(tmp_path / "lost")] == list(range(1, 2 * STEPS + 1))
+    again = trainer(tiny_llama, tiny_tokenizer, tmp_path / "lost", build("rws"), rounds=3, logging_steps=100)
+    again.train(resume_from_checkpoint=str(found))
+    whole = trainer(tiny_llama, tiny_tokenizer, tmp_path / "whole", build("rws"), rounds=3)
+    whole.train()
+    assert losses(tmp_path / "lost") == losses(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("recipe", "args", "says"),
     [
         (build("rloo"), {}, "neither"),
         (build("vr", {"proposal": "mixture", "wake": "same"}), {}, "mixture"),
         (build("grpo"), {"temperature": 0.7}, "temperature 1"),
+        (build("grpo"), {"proposal_shots": 2, "proposal_shot_rounds": 1}, "proposal_shots 2, shots 0"),
         (build("iwae"), {}, "neither"),
         (build("rws"), {"reuse_logps": False}, "reuse_logps"),
     ],

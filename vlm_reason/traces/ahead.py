@@ -84,9 +84,11 @@ class Ahead:
 
 
 def gathered(drawn: Drawn | None, ranks: Ranks) -> Drawn | None:
-    """The shares of all processes as one, in the window's order. Collective."""
-    shares = [share for share in ranks.together(lambda: drawn) if share is not None]
-    if not shares:
+    """The shares of all processes as one, in the window's order; None where one process has none (its draw failed): a
+    part of a window would pass for all of it, so it is drawn again. Collective."""
+    found = ranks.together(lambda: drawn)
+    shares = [share for share in found if share is not None]
+    if len(shares) < len(found):
         return None
     pairs = sorted(
         (pair for share in shares for pair in zip(share.indices, share.groups, strict=True)),
@@ -98,6 +100,11 @@ def gathered(drawn: Drawn | None, ranks: Ranks) -> Drawn | None:
         groups=tuple(group for _, group in pairs),
         discarded=sum(share.discarded for share in shares),
     )
+
+
+def is_whole(drawn: Drawn, problems: int) -> bool:
+    """Whether it has each of a window's `problems`, once."""
+    return sorted(drawn.indices) == list(range(problems)) and len(drawn.groups) == problems
 
 
 def own_share(drawn: Drawn, ranks: Ranks) -> Drawn:
@@ -144,23 +151,40 @@ def check_ahead(recipe: Recipe, args: TraceConfig) -> None:
 
 def _no_place(phase: Phase, args: TraceConfig) -> str | None:
     components = phase.proposal.components
+    if not components:
+        return None  # nothing is drawn ahead
+    if phase.clip is not None and (why := _clip_has_no_place(phase, args)):
+        return why
     if phase.proposal.dataset or phase.proposal.empty or all(c.adapter == "base" for c in components):
         return None  # nothing that training changes is sampled
     if len(components) > 1:
         return "draws from a mixture, whose density would have to be scored with weights that are gone"
     if phase.proposal.chain or phase.null_group == "hint_retry":
         return "draws in a way that leaves the ratio open (a stored chain, a second draw behind the hint)"
-    if phase.off_policy:
-        return None
-    if phase.clip is None:
+    if phase.clip is None and not phase.off_policy:
         return "takes its traces for those of the current weights: it has neither their ratio nor a clip"
-    if (args.temperature, args.top_p, args.answer_temperature) != (1.0, 1.0, 1.0):
+    return None
+
+
+def _clip_has_no_place(phase: Phase, args: TraceConfig) -> str | None:
+    """The clipped ratio is that of the trained tokens to the sampler's own numbers: the sampler must have drawn every
+    one of them, behind the prompt that is trained, from pi itself."""
+    proposal = phase.proposal
+    temperatures = (0.0 if proposal.greedy else args.temperature, args.top_p, args.answer_temperature)
+    if temperatures != (1.0, 1.0, 1.0):
         return "clips the ratio to the sampler's law, which must be that of temperature 1 and top-p 1"
     if (
-        components[0].name != "reasoner/prior"
+        [c.name for c in proposal.components] != ["reasoner/prior"]
+        or proposal.dataset
+        or proposal.empty
         or phase.targets == "gold"
         or "posterior" in phase.trains
         or phase.null_group == "dataset"
     ):
         return "clips the ratio of tokens that the sampler did not draw"
+    if args.proposal_shot_rounds and args.proposal_shots != args.shots:
+        return (
+            f"clips the ratio behind the trained prompt, and trainer.proposal_shot_rounds draws behind another one "
+            f"(proposal_shots {args.proposal_shots}, shots {args.shots})"
+        )
     return None

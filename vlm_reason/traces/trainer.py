@@ -49,7 +49,7 @@ from ..tasks.prompts import PromptBuilder
 from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from ..types import Problem
-from .ahead import Ahead, Drawn, check_ahead, gathered, own_share
+from .ahead import Ahead, Drawn, check_ahead, gathered, is_whole, own_share
 from .checkpoint import (
     TraceState,
     load_trace_state,
@@ -270,8 +270,9 @@ class TraceTrainer(ShardedTrainer):
         """A window, or a checkpoint of the step before it when what samples went away."""
         try:
             return self._make_window(place)
-        except EngineLost:
-            self._save_checkpoint(self.model)  # it is raised in all processes at once
+        except EngineLost:  # it is raised in all processes at once
+            self._log.flush()  # a resumed run does not write again the rows of steps before the checkpoint
+            self._save_checkpoint(self.model)
             raise
 
     def _make_window(self, place: Place) -> Window:
@@ -481,7 +482,7 @@ class TraceTrainer(ShardedTrainer):
         state = load_trace_state(resume_from_checkpoint, self.identity(), self.problems)
         self.window, self.states, self.memory = state.window, state.presets, state.chains
         self.tokens_used = state.tokens_used
-        if state.ahead is not None:
+        if state.ahead is not None and is_whole(state.ahead, self.args.prompts_per_window):
             self._ahead.put(own_share(state.ahead, self.ranks))
         step = int(Path(resume_from_checkpoint).name.rsplit("-", 1)[1])
         if self.ranks.main:
