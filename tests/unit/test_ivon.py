@@ -294,6 +294,40 @@ def test_a_deep_copy_goes_on_alike() -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin_net.parameters(), strict=True))
 
 
+def test_state_that_was_replaced_is_put_in_place() -> None:
+    """As who shards the state restores it: mean and counters are there, the parameters are then their draw."""
+    p, other = parameter(5), parameter(5, seed=1)
+    optimizer, twin = IVON([p], 0.1, 100), IVON([other], 0.1, 100)
+    run(optimizer, range(3))
+    twin.state[other] = {k: v.clone() for k, v in optimizer.state[p].items()}
+    twin.param_groups[0] |= {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    assert not torch.equal(other.detach(), p.detach())
+    twin.put_draw_in_place()
+    assert torch.equal(other.detach(), p.detach())
+
+
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_starting_anew_is_the_first_posterior_around_the_present_weights(mc_samples: int) -> None:
+    anew, kept = parameter(6), parameter(4, seed=1)
+    optimizer = IVON([anew, kept], 0.1, 100, hess_init=0.7, mc_samples=mc_samples)
+    run(optimizer, range(3))
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[kept].items()}
+    held, start = kept.detach().clone(), torch.linspace(-1, 1, 6)
+    anew.data.copy_(start)
+    optimizer.start_anew([anew])
+    state = optimizer.state[anew]
+    assert torch.equal(state["mean"], start) and bool((state["hess"] == 0.7).all())
+    assert state["step"] == 0 and not state["momentum"].any()
+    assert all(torch.equal(before[k], v) for k, v in optimizer.state[kept].items() if isinstance(v, Tensor))
+    assert torch.equal(kept.detach(), held) and not torch.equal(anew.detach(), start)
+    with optimizer.mean():
+        assert torch.equal(anew.detach(), start)
+        with pytest.raises(UserError, match=r"start_anew\(\) inside"):
+            optimizer.start_anew([anew])
+    run(optimizer, range(3, 7))
+    assert bool(torch.isfinite(anew).all()) and optimizer.state[anew]["step"] >= 1
+
+
 # ------------------------------------------------------------------------------------------- as any torch optimiser
 
 

@@ -13,7 +13,7 @@ written, so a run goes on under another number of processes, or another way of s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,17 @@ class Parallel(Protocol):
     def read_state(self) -> dict[str, Any]: ...
     def write_state(self, state: dict[str, Any]) -> None: ...
     def forget(self, adapter: str) -> None: ...
+
+
+@runtime_checkable
+class DrawingOptimizer(Protocol):
+    """An optimiser whose state says what the parameters hold (`weights.IVON`): they hold a draw from it.
+
+    `put_draw_in_place`: after the state was replaced. `start_anew`: q of `parameters` is as at first, around what they
+    hold now."""
+
+    def put_draw_in_place(self) -> None: ...
+    def start_anew(self, parameters: Sequence[Tensor]) -> None: ...
 
 
 class Replicated:
@@ -156,6 +167,8 @@ class FullySharded:
                 self._optimizer.state.pop(parameter, None)
             else:
                 self._optimizer.state[parameter] = {k: _like(v, parameter) for k, v in entry.items()}
+        if isinstance(self._optimizer, DrawingOptimizer):
+            self._optimizer.put_draw_in_place()
 
     def forget(self, adapter: str) -> None:
         _forget(self._model, self._optimizer, adapter)
@@ -301,5 +314,9 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
 
 
 def _forget(model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str) -> None:
-    for parameter in adapter_parameters(model, adapter).values():
+    parameters = list(adapter_parameters(model, adapter).values())
+    if isinstance(optimizer, DrawingOptimizer):
+        optimizer.start_anew(parameters)
+        return
+    for parameter in parameters:
         optimizer.state.pop(parameter, None)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -268,10 +268,28 @@ class IVON(torch.optim.Optimizer):
             yield
         finally:
             self._views.pop()
-            self._restore()
+            self.put_draw_in_place()
 
-    def _restore(self) -> None:
+    def put_draw_in_place(self) -> None:
+        """The parameters hold what the state and the counters say they hold: the training draw, or inside `mean` and
+        `sample` that. For who has replaced `state` itself; `load_state_dict` does it."""
         self._put_in_place(self.param_groups, self._views[-1] if self._views else self._training_draw())
+
+    @torch.no_grad()
+    def start_anew(self, parameters: Sequence[Tensor]) -> None:
+        """q of some of the parameters as at first, around the weights they hold now: mean there, width from hess_init,
+        no momentum; their draw is then put in place. The counters, which all share, go on. UserError inside
+        `with mean()` or `sample()`."""
+        if self._views:
+            raise UserError(
+                "IVON: start_anew() inside `with optimizer.mean()` or `.sample()`: leave it first"
+            )
+        chosen = {id(p) for p in parameters}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in chosen:
+                    self.state[p] = _new_state(p, group)
+        self.put_draw_in_place()
 
     def _training_draw(self) -> Draw:
         group = self.param_groups[0]
@@ -304,7 +322,7 @@ class IVON(torch.optim.Optimizer):
                 else v
                 for k, v in state_dict["state"][index].items()
             }
-        self._restore()
+        self.put_draw_in_place()
 
 
 # --------------------------------------------------------------------------------------- block by block, all in place
