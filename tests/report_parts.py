@@ -32,6 +32,7 @@ def record(
     saw_answer: bool = False,
     finish: str = "stop",
     temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> SampleRecord:
     """Sample k of a problem. answer None: cut, no answer was asked for. Each character is a token of log-probability
     -0.1, the last one of -5."""
@@ -39,7 +40,9 @@ def record(
     logps = (-0.1,) * (len(ids) - 1) + (-5.0,)
     own = f" {answer}" if answer is not None else ""
     return SampleRecord(
-        key=f"{abs(hash((problem, k, member, weights, proposal, saw_answer, temperature))):032x}"[-32:],
+        key=f"{abs(hash((problem, k, member, weights, proposal, saw_answer, temperature, top_p))):032x}"[
+            -32:
+        ],
         problem_id=problem,
         question=question if question is not None else f"What is {problem}?",
         reference=reference,
@@ -50,7 +53,7 @@ def record(
         finish="length" if answer is None else finish,  # type: ignore[arg-type]
         seed=k,
         temperature=temperature,
-        top_p=1.0,
+        top_p=top_p,
         proposal=proposal,
         saw_answer=saw_answer,
         weights=weights,

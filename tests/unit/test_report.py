@@ -24,7 +24,7 @@ from vlm_reason.evaluation.report import Report, ReportConfig, build, difference
 from vlm_reason.evaluation.report.curves import tie_band
 from vlm_reason.evaluation.report.passages import passages
 from vlm_reason.evaluation.report.svg import Plot, Scale, nice_ticks, nice_top
-from vlm_reason.evaluation.report.system import read_systems
+from vlm_reason.evaluation.report.system import problems_of, read_systems
 from vlm_reason.evaluation.report.table import interval_text, value_text
 from vlm_reason.evaluation.report.text import embedded_json, visible
 from vlm_reason.evaluation.report.tokens import pieces
@@ -185,6 +185,47 @@ def test_the_folders_of_a_suite_are_its_tasks(tmp_path: Path) -> None:
     store_of(tmp_path / "run" / "hard", votes("b", ["2", "1"]))
     [system] = read_systems([tmp_path / "run"])
     assert {t: p.ids for t, p in system.tasks.items()} == {"easy": ("a",), "hard": ("b",)}
+
+
+def test_laws_that_differ_in_top_p_alone_stay_two_systems(tmp_path: Path) -> None:
+    for task, right in (("easy", "1"), ("hard", "2")):
+        records = [*votes("a", ["1", "1"]), *votes("a", [right, "2", "2"], top_p=0.9)]
+        store_of(tmp_path / "run" / task, records)
+    systems = read_systems([tmp_path / "run"])
+    assert [(s.name, {t: p.most for t, p in s.tasks.items()}) for s in systems] == [
+        ("run (w base/prior, temperature 1)", {"easy": 2, "hard": 2}),
+        ("run (w base/prior, temperature 1, top-p 0.9)", {"easy": 3, "hard": 3}),
+    ]
+    assert [p.columns.correct.sum() for s in systems for p in s.tasks.values()] == [2, 2, 1, 0]
+
+
+def test_systems_of_one_name_and_one_task_are_not_joined(tmp_path: Path) -> None:
+    """Temperatures that are printed alike: nothing may be left out of the report for it."""
+    records = [*votes("a", ["1"]), *votes("a", ["2", "2"], temperature=1 + 1e-9)]
+    systems = read_systems([store_of(tmp_path / "s", records)])
+    assert [(s.name, s.tasks["a"].most) for s in systems] == [
+        ("s (w base/prior, temperature 1)", 1),
+        ("s (w base/prior, temperature 1) #2", 2),
+    ]
+
+
+def test_header_and_cautions_are_of_every_task_of_a_suite(tmp_path: Path) -> None:
+    """The hard task has the cut samples; its problems have the ids of the easy one's, and stay others."""
+    store_of(tmp_path / "run" / "easy", [r for i in range(5) for r in votes(f"{i}", ["1", "1"])])
+    store_of(tmp_path / "run" / "hard", [r for i in range(5) for r in votes(f"{i}", ["7", None], "7")])
+    built = build([tmp_path / "run"], ood=[tmp_path / "run"])
+    [header], [system] = built.report.headers, built.systems
+    facts = dict(header.facts)
+    assert facts["unfinished"] == "25.0% (5 of 20)" and facts["samples"] == "20 (2 a problem)"
+    assert facts["unreadable"] == "0.0% (0 of 15)"
+    assert any(
+        n.text == "25.0% of the rationales hit the length limit; they count as wrong."
+        for n in built.report.warnings
+    )
+    outside = problems_of(system.columns)
+    assert len(outside) == 10 and outside.items.n.tolist() == [2] * 10
+    assert outside.chosen == ["1"] * 5 + ["7"] * 5
+    assert [system.columns.record(row).reference for row in (0, 9, 10, 19)] == ["1", "1", "7", "7"]
 
 
 # --------------------------------------------------------------------------------------------------- figures

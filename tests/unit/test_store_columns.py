@@ -14,7 +14,7 @@ import pytest
 
 from vlm_reason.errors import UserError
 from vlm_reason.store import Columns, SampleRecord, SampleStore, columns_of, index, sample_key
-from vlm_reason.store.columns import first_of_each
+from vlm_reason.store.columns import concatenated, first_of_each
 
 
 def record(problem: str = "p", k: int = 0, **changes: object) -> SampleRecord:
@@ -304,3 +304,34 @@ def test_a_text_only_sample_has_no_ids_and_a_reward_is_finite() -> None:
         record(text_only=True)
     with pytest.raises(ValueError, match="reward nan is not finite"):
         record(reward=math.nan)
+
+
+def test_concatenated_rows_keep_their_texts_choices_and_files(tmp_path: Path) -> None:
+    """Problems stay apart although both stores have a `p`; an answer of both has one code."""
+    parts = []
+    for name, answers in (("one", ("2", "3")), ("two", ("3", "4", "2"))):
+        with SampleStore(tmp_path / name) as store:
+            for k, answer in enumerate(answers):
+                extra = {"choice_logps": [-1.0 * k, -2.0], "choice_gold": 1} if k else {}
+                store.append([record(k=k, canonical=answer, question=name, extra=extra)])
+            parts.append(store.columns())
+    a, b = parts
+    both = concatenated(a, b)
+    assert len(both) == 5 and both.problems == ("p", "p") and both.problem.tolist() == [0, 0, 1, 1, 1]
+    assert [both.answers[c] for c in both.canonical] == ["2", "3", "3", "4", "2"]
+    assert len(both.answers) == 3 and both.weight_names == ("w",)
+    assert np.diff(both.choice_start).tolist() == [0, 2, 0, 2, 2] and both.choice_gold.tolist() == [
+        -1,
+        1,
+        -1,
+        1,
+        1,
+    ]
+    assert both.choice_logps.tolist() == [-1, -2, -1, -2, -2, -2]
+    assert [(r.question, r.k) for r in map(both.record, range(5))] == [
+        ("one", 0), ("one", 1), ("two", 0), ("two", 1), ("two", 2),
+    ]  # fmt: skip
+    for name, value in vars(concatenated(a, b.where(np.arange(0)))).items():
+        if isinstance(value, np.ndarray):
+            assert np.array_equal(value, getattr(a, name), equal_nan=value.dtype.kind == "f"), name
+            assert value.dtype == getattr(a, name).dtype, name

@@ -302,6 +302,22 @@ def join(parts: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> Columns:
     return columns if len(first) == len(columns) else columns.where(first)
 
 
+def concatenated(a: Columns, b: Columns) -> Columns:
+    """The rows of a, then those of b, which come from other stores. Problems stay apart even where the two use one id:
+    it names a problem within its store. Of the other texts equal ones have one code."""
+    made: dict[str, Any] = {
+        name: np.concatenate([getattr(a, name), getattr(b, name)])
+        for name in [*PLAIN, "choice_gold", "offset", "length", "choice_logps"]
+    }
+    for name, texts in CODED.items():
+        made[name], made[texts] = _merge_codes([(getattr(c, name), getattr(c, texts)) for c in (a, b)])
+    made["problem"] = np.concatenate([a.problem, b.problem + len(a.problems)])
+    made["problems"] = (*a.problems, *b.problems)
+    made["segment"] = np.concatenate([a.segment, b.segment + len(a.files)])
+    made["choice_start"] = np.concatenate([a.choice_start, b.choice_start[1:] + a.choice_start[-1]])
+    return Columns(**made, files=(*a.files, *b.files))
+
+
 def first_of_each(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Rows [<= n], ascending, that are the first of their key in keys [n, 16]."""
     halves = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)

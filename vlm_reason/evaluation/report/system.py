@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...store import Columns, SampleStore
+from ...store.columns import concatenated
 from ..comparing import problem_hash
 from ..items import Array, Bool, Items
 from ..summary import Summary, summary
@@ -127,7 +128,8 @@ class Problems:
 
 @dataclass(frozen=True)
 class System:
-    """tasks: name -> its problems. `left_out`: samples that saw the answer and so predict nothing."""
+    """columns: of all tasks. tasks: name -> its problems. `left_out`: samples that saw the answer and so predict
+    nothing."""
 
     name: str
     folder: str
@@ -147,14 +149,17 @@ def read_systems(folders: Sequence[str | Path]) -> list[System]:
     samples, and for samples without a verdict."""
     systems: list[System] = []
     for folder in folders:
-        found: dict[str, System] = {}
+        found: list[System] = []
         for task, path in _stores(Path(folder)):
             with SampleStore.open(path) as store:
                 columns, torn = store.columns(), len(store.torn)
             for system in _systems_of(columns, str(folder), task, torn):
-                before = found.get(system.name)
-                found[system.name] = system if before is None else _joined(before, system)
-        systems += list(found.values())
+                same = next((i for i, before in enumerate(found) if _elsewhere(before, system)), None)
+                if same is None:
+                    found.append(system)
+                else:
+                    found[same] = _joined(found[same], system)
+        systems += found
     return _distinct(systems)
 
 
@@ -193,7 +198,9 @@ def _systems_of(columns: Columns, folder: str, task: str | None, torn: int) -> l
         own = fair.where(rows)
         weights = tuple(fair.weight_names[i] for i in dict.fromkeys(own.weights.tolist()))
         proposal, temperature = fair.proposals[int(own.proposal[0])], float(own.temperature[0])
+        top_p = float(own.top_p[0])
         name = f"{weights[0]} {proposal}, temperature {temperature:g}"
+        name += f", top-p {top_p:g}" if top_p != 1 else ""
         made.append(System(name, folder, weights, own, _tasks(own, task)))
     return [replace(made[0], left_out=len(columns) - len(fair), torn=torn), *made[1:]]
 
@@ -236,9 +243,21 @@ def sizes(most: int) -> list[int]:
     return sorted({*(1 << i for i in range(most.bit_length()) if 1 << i <= most), most})
 
 
+def _elsewhere(a: System, b: System) -> bool:
+    """Is b the same system on other tasks, in another store of the same suite?"""
+    return a.name == b.name and a.tasks.keys().isdisjoint(b.tasks)
+
+
 def _joined(a: System, b: System) -> System:
-    """The same system on another task, in another store of the same suite."""
-    return replace(a, tasks={**a.tasks, **b.tasks}, left_out=a.left_out + b.left_out, torn=a.torn + b.torn)
+    """One system, with the tasks and the samples of both."""
+    return replace(
+        a,
+        weights=tuple(dict.fromkeys((*a.weights, *b.weights))),
+        columns=concatenated(a.columns, b.columns),
+        tasks={**a.tasks, **b.tasks},
+        left_out=a.left_out + b.left_out,
+        torn=a.torn + b.torn,
+    )
 
 
 def _distinct(systems: Sequence[System]) -> list[System]:
