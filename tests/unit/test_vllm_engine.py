@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from vlm_reason.compat.vllm import Output
 from vlm_reason.compat.vllm_lora import MARK
 from vlm_reason.engines.launch import server_environment, vllm_environment
-from vlm_reason.engines.make import VLLMConfig, engine_config, make_engine
+from vlm_reason.engines.make import VLLMConfig, check_engine, engine_config, make_engine
 from vlm_reason.engines.replies import ReplyCache
 from vlm_reason.engines.sync import (
     adapter_weights,
@@ -99,6 +99,18 @@ def test_a_sync_that_does_not_fit_is_refused_before_the_model_is_loaded(
     args, engine = TraceConfig(output_dir=str(tmp_path / "run"), use_cpu=True), {"kind": "vllm", "sync": sync}
     with pytest.raises(UserError, match=message):
         TraceTrainer("/no/such/model", args, build("rft"), [], adapter=adapter, engine_options=engine)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_processes_that_share_an_engine_are_refused_before_the_model_is_loaded(processes: int) -> None:
+    """Training does not call the engine equally often in each of them; the others would wait until the time-out."""
+    shared = {"kind": "vllm", "tensor_parallel_size": 2}
+    with pytest.raises(
+        UserError, match=r"engine\.tensor_parallel_size 2 needs engine\.mode server .* in mode colocate"
+    ):
+        check_engine(shared, adapters=True, processes=processes)
+    served = check_engine({**shared, "mode": "server", "urls": ["http://a:1"]}, True, processes)
+    assert isinstance(served, VLLMConfig) and served.tensor_parallel_size == 2
 
 
 def test_switching_the_kind_needs_nothing_else() -> None:

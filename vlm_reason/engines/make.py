@@ -48,7 +48,7 @@ class VLLMConfig:
     sync       how weights travel: adapter, merged, full; auto: adapter if there are adapters, else full
     score      hf: the model in training scores; vllm: vLLM does, where it is exact
     tensor_parallel_size, data_parallel_size   processes to one copy of the model; copies (of a server that we start;
-               in mode colocate every tensor_parallel_size training processes are one copy)
+               tensor_parallel_size > 1 needs mode server)
     max_model_len   tokens of prompt and text together, default the model's own
     memory     share of the GPU's memory (without one, of the machine's) for weights and cache; default by what is free
     eager      no compilation and no CUDA graphs; default: on a CPU only
@@ -130,6 +130,12 @@ def check_engine(options: Mapping[str, Any], adapters: bool, processes: int = 1)
     """`engine_config`, and whether it goes with what is trained: all that can be said before a model is loaded."""
     config = engine_config(options)
     if isinstance(config, VLLMConfig):
+        if config.mode == "colocate" and config.tensor_parallel_size > 1:
+            raise UserError(
+                f"engine.tensor_parallel_size {config.tensor_parallel_size} needs engine.mode server (vlm-reason "
+                "serve CONFIG starts one): in mode colocate, processes that share an engine would have to call it "
+                "equally often"
+            )
         check_sync(config.sync, adapters, processes)
     return config
 

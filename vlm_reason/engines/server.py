@@ -32,6 +32,10 @@ COMPLETIONS = "/v1/completions"
 START_ONE = "start one with `vlm-reason serve CONFIG`, and give its address without a path"
 
 
+class NotServed(UserError):
+    """The server does not know the model that a request asks for: another run's, or it was started anew."""
+
+
 class Server:
     """The server at `url`. It is given up when it stays away for `retry_seconds`, or makes no token for
     `stall_seconds` while requests wait for it.
@@ -246,7 +250,7 @@ class Server:
     ) -> Any:
         """The decoded answer, which may take `seconds` (a GET's may not take that long). Connection failures and the
         server's own errors are tried again for `retry_seconds`; EngineLost after that, and for a server that is stuck.
-        UserError for what the server refuses."""
+        UserError for what the server refuses, NotServed for a completion of a model that it does not have."""
         first_failure: float | None = None
         pause = 0.25
         limit = STATUS_TIMEOUT if method == "GET" else seconds
@@ -288,7 +292,8 @@ class Server:
             hint = ""
             if response.status == 404 and path != COMPLETIONS:
                 hint = "; start it with `vlm-reason serve`, which lets adapters and weights be loaded while it runs"
-            raise UserError(f"the server at {self.url} refused {path}: {' '.join(text.split())[:300]}{hint}")
+            refused = NotServed if response.status == 404 and path == COMPLETIONS else UserError
+            raise refused(f"the server at {self.url} refused {path}: {' '.join(text.split())[:300]}{hint}")
         try:
             return json.loads(response.data) if response.data else None
         except ValueError:

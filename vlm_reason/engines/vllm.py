@@ -81,11 +81,9 @@ class Call:
 
 
 class Backend(Protocol):
-    """Where vLLM runs. `context`: tokens of prompt and text together. `own_process`: this process's training rank has
-    the backend to itself, so that every rank loads what is synced."""
+    """Where vLLM runs. `context`: tokens of prompt and text together."""
 
     context: int
-    own_process: bool
 
     def generate(self, calls: Sequence[Call], progress: str | None) -> list[Output]:
         """One output a call, in order."""
@@ -96,7 +94,7 @@ class Backend(Protocol):
         ...
 
     def serve_adapters(self, folders: Mapping[str, Path]) -> None:
-        """From now on serve these adapters, by served name, and no others."""
+        """From now on serve these adapters, by served name, and no others. Called in every training process."""
         ...
 
     def load_weights(self, served: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -177,12 +175,8 @@ class VLLMEngine:
                 for name, served in self._served.items():
                     write_adapter(self.folder, served, self._adapters[name])
 
-        def serve() -> None:
-            if rank() == 0 or self.backend.own_process:
-                self.backend.serve_adapters(folders)
-
         together(write)
-        together(serve)
+        together(lambda: self.backend.serve_adapters(folders))
         if rank() == 0:
             prune(self.folder, folders)
 

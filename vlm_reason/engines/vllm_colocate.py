@@ -2,7 +2,9 @@
 
 With several training processes each has an engine of its own and samples its own share (data parallelism); with
 tensor_parallel_size T, T neighbouring processes hold one engine between them, and all of them submit the requests of
-all: vLLM's external-launcher mode, in which equal inputs keep the schedulers in step.
+all: vLLM's external-launcher mode, in which equal inputs keep the schedulers in step. `generate` is then collective,
+also for a process without requests. Training and evaluation do not call it equally often in every process, so
+`check_engine` refuses T > 1 for them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,6 @@ from .vllm import Call
 
 class Colocated:
     """The `Backend` around `vllm.LLM`."""
-
-    own_process = True
 
     def __init__(self, settings: Settings) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1

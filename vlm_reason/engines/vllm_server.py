@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..compat.vllm import Output
+from ..errors import UserError
+from .base import EngineLost
 from .processes import rank
 from .replies import ReplyCache
-from .server import Server
+from .server import NotServed, Server
 from .sync import prune, write_weights
 from .vllm import Call
 
@@ -36,8 +39,6 @@ PULSE = 1.0
 class Servers:
     """The `Backend` of mode `server`. `folder`: weights and replies; the servers read the weights there."""
 
-    own_process = False
-
     def __init__(
         self, urls: Sequence[str], concurrency: int, retry_seconds: float, stall_seconds: float, folder: Path
     ) -> None:
@@ -46,6 +47,7 @@ class Servers:
         self._writes = rank() == 0
         self.replies = ReplyCache(folder / f"replies-{rank()}.jsonl")
         self._adapters: dict[str, Path] = {}
+        self._restoring = threading.Lock()
         self._weights: tuple[str, Path] | None = None
         threads = len(urls) * concurrency
         self._servers = [Server(url.rstrip("/"), threads, retry_seconds, stall_seconds) for url in urls]
@@ -73,7 +75,7 @@ class Servers:
                    disable=progress is None, leave=False, mininterval=0.5)  # fmt: skip
 
         def ask(i: int) -> tuple[int, Output]:
-            output = dealt[i].complete(calls[i])
+            output = self._complete(dealt[i], calls[i])
             self.replies.put(calls[i], calls[i].adapter or under, output)
             bar.update()
             return i, output
@@ -88,6 +90,25 @@ class Servers:
         outputs.update(future.result() for future in futures)
         return [outputs[i] for i in range(len(calls))]
 
+    def _complete(self, server: Server, call: Call) -> Output:
+        """A server that was started anew between two requests gets the adapters again, once a request."""
+        try:
+            return server.complete(call)
+        except NotServed:
+            if call.adapter not in self._adapters:
+                raise
+        try:
+            with self._restoring:  # whoever comes second finds them there
+                server.serve_adapters(self._adapters)
+            return server.complete(call)
+        except EngineLost:
+            raise
+        except UserError as error:
+            raise EngineLost(
+                f"the server at {server.url} lost the adapter {call.adapter!r} and cannot be given it again ({error}); "
+                "start it with `vlm-reason serve` and repeat the command: what was sampled is kept"
+            ) from error
+
     def _dealt(self, calls: Sequence[Call]) -> list[Server]:
         """The server of every call. Calls with one prompt go to one server, which then runs the prompt once."""
         order: dict[tuple[int, ...], int] = {}
@@ -101,9 +122,12 @@ class Servers:
         self.replies.begin_version(version)
 
     def serve_adapters(self, folders: Mapping[str, Path]) -> None:
-        self._adapters = dict(folders)
-        for server in self._servers:
-            server.serve_adapters(self._adapters)
+        self._adapters = dict(
+            folders
+        )  # every process knows them, to give them to a server that is started anew
+        if self._writes:
+            for server in self._servers:
+                server.serve_adapters(self._adapters)
 
     def load_weights(self, served: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
         hasher = hashlib.blake2b(digest_size=4)
