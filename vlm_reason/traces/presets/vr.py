@@ -9,7 +9,8 @@
 Options
     proposal   posterior  the adapter trained in phase 1            hinted  the reasoner itself, told the answer
                mixture    prior and posterior (or hinted) side by side, weighted by the mixture density: a weight
-                          is then at most e / prior_share, so the full ratio keeps a useful effective sample size
+                          is then at most e K / n, n of the K traces being the prior's, so the full ratio keeps a
+                          useful effective sample size
     ratio      per_token (the paper: length-normalised, close to no ratio) | none (exact) | ess_floor | clip
                | sqrt | zero
     min_weight groups whose estimate of log pi(Y|x) is below log(min_weight) are null: no trace of theirs explains
