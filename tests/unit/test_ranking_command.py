@@ -158,3 +158,27 @@ def test_hinted_samples_are_refused(tmp_path: Path, capfd) -> None:
     path = recipe(tmp_path, store_of(["1", "2"], saw_answer=True))
     assert main(["rank", str(path), "--method", "majority"]) == 2
     assert "2 of 2 rationales were drawn behind the answer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("problem", "changes", "said"),
+    [
+        (1, {"member": 0, "weights": "b"}, "records of 2 models (a member 0, b member 0)"),
+        (1, {"weights": "b"}, "records of 2 models (a member 0, b)"),
+        (0, {"member": 0, "weights": "a"}, "holds trace 0 of problem 'p00' twice"),
+        (0, {"member": 0, "weights": "a", "m": 2, "temperature": 0.5}, "several temperature: 0.5, 1.0"),
+    ],
+)
+def test_what_is_no_one_system_is_not_ranked(
+    tmp_path: Path, capfd, problem: int, changes: dict[str, object], said: str
+) -> None:
+    """Two posteriors, a model beside a member, one trace under two settings, two temperatures."""
+    records = [
+        sample(0, 0, "1", member=0, weights="a", proposal="imported"),
+        sample(problem, 0, "2", proposal="imported", key="f" * 32, **changes),
+    ]
+    path = recipe(tmp_path, records)
+    assert main(["rank", str(path), "--method", "majority"]) == 2
+    error = capfd.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "run" / "ranking").exists()

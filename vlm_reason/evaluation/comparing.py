@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..store import SampleRecord, SampleStore
 from .beliefs import beliefs, by_problem
-from .harness import summarise
+from .harness import are_members, models_of, summarise
 from .metrics import Comparison, compare_tasks
 from .result import read_result
 
@@ -97,11 +97,13 @@ def _from_store(source: str, path: Path, system: str, metric: Metric, method: st
 
 
 def _check_one_system(source: str, records: Sequence[SampleRecord]) -> None:
-    """A store may hold the members of one posterior, which are one system, but not several models or laws."""
-    laws = sorted({f"{r.proposal} at temperature {r.temperature:g}" for r in records})
-    models = sorted({r.weights for r in records if r.member is None})
-    if len(laws) > 1 or len(models) > 1:
-        listed = "; ".join(laws if len(laws) > 1 else models)
+    """A store may hold the members of one posterior, which are one system, but not several models or laws: no two
+    posteriors, and no single model beside members."""
+    laws = sorted({f"{r.proposal} at temperature {r.temperature:g}, top_p {r.top_p:g}" for r in records})
+    models = models_of(records)
+    if len(laws) > 1 or (len(models) > 1 and not are_members(models)):
+        named = [w if m is None else f"member {m} of {w}" for m, w in models]
+        listed = "; ".join(laws if len(laws) > 1 else named)
         raise UserError(
             f"{source!r} holds samples of several systems ({listed}): choose one with #base or #trained, or compare "
             "result files"

@@ -18,12 +18,12 @@ from ..engines.base import Engine, Law
 from ..engines.rollout import Draw, Prompts, roll_out
 from ..errors import UserError
 from ..stats import PairedEstimate, clustered, paired_difference
-from ..store import Judge, Provenance, SampleRecord, records_of
+from ..store import Judge, Provenance, SampleRecord, check_one_setting, records_of
 from ..types import Estimate, Problem, Trace
 from .metrics import accuracy, pass_at_k
 
-TraceKey = tuple[str, int, int]
-"""Problem id, k, seed: a store may hold draws of several run seeds."""
+TraceKey = tuple[str, str, int | None, int, int]
+"""Problem id, weights, member, k, seed: a store may hold draws of several run seeds, and imported ones have no seed."""
 
 
 @dataclass(frozen=True)
@@ -178,19 +178,21 @@ def summarise(
     """The result of judged records of one model, or with `members` of an equal mixture of several. A cut trace
     counts as one wrong sample for each answer it did not get, so that it weighs as much as any other trace.
     undrawn: problems that could not be asked, which have as many traces as the others, all wrong.
-    UserError for records without verdicts and, unless `members`, of several models."""
-    if not members:
-        _check_one_model(records)
+    UserError for records without verdicts, for a trace drawn under two settings, and for records of several models,
+    unless with `members` they are one for each member."""
+    _check_one_model(records, members)
     _check_judged(records)
+    check_one_setting(records)
     traces: dict[TraceKey, list[SampleRecord]] = {}
     for record in records:
-        traces.setdefault((record.problem_id, record.k, record.seed), []).append(record)
-    items = [problem for problem, _, _ in traces]
+        key = (record.problem_id, record.weights, record.member, record.k, record.seed)
+        traces.setdefault(key, []).append(record)
+    items = [key[0] for key in traces]
     right = [sum(bool(r.correct) for r in group) / len(group) for group in traces.values()]
     each = max(Counter(items).values(), default=1)
     judged = items + [problem for problem in undrawn for _ in range(each)]
     right += [0.0] * (each * len(undrawn))
-    asked = [(problem, r) for (problem, _, _), group in traces.items() for r in group if r.answered]
+    asked = [(key[0], r) for key, group in traces.items() for r in group if r.answered]
     per_problem = _mean_by_item(judged, right)
     firsts = [group[0] for group in traces.values()]
     return EvalResult(
@@ -212,14 +214,22 @@ def compare(a: EvalResult, b: EvalResult) -> PairedEstimate:
     return paired_difference(a.per_problem, b.per_problem)
 
 
-def _check_one_model(records: Sequence[SampleRecord]) -> None:
-    models = sorted(
-        {f"{r.weights} member {r.member}" if r.member is not None else r.weights for r in records}
-    )
-    if len(models) > 1:
-        raise UserError(
-            f"records of {len(models)} models ({', '.join(models)}) cannot be one accuracy: choose one"
-        )
+def _check_one_model(records: Sequence[SampleRecord], members: bool) -> None:
+    models = models_of(records)
+    if len(models) > 1 and not (members and are_members(models)):
+        listed = ", ".join(w if m is None else f"{w} member {m}" for m, w in models)
+        raise UserError(f"records of {len(models)} models ({listed}) cannot be one accuracy: choose one")
+
+
+def models_of(records: Sequence[SampleRecord]) -> list[tuple[int | None, str]]:
+    """The (member, weights) that drew the records, in order of weights."""
+    return sorted({(r.member, r.weights) for r in records}, key=lambda model: (model[1], str(model[0])))
+
+
+def are_members(models: Sequence[tuple[int | None, str]]) -> bool:
+    """Are several models one posterior: each a member, under a number of its own?"""
+    numbers = {member for member, _ in models}
+    return None not in numbers and len(numbers) == len(models)
 
 
 def _check_judged(records: Sequence[SampleRecord]) -> None:
@@ -248,7 +258,7 @@ def _pass_at(
     model. undrawn: problem -> traces it would have had, all wrong."""
     n: dict[str, int] = dict(undrawn)
     right: dict[str, int] = dict.fromkeys(undrawn, 0)
-    for (problem, _, _), group in traces.items():
+    for (problem, *_), group in traces.items():
         n[problem] = n.get(problem, 0) + 1
         right[problem] = right.get(problem, 0) + bool(group[0].correct)
     most = max(n.values(), default=0)

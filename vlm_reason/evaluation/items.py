@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from ..errors import UserError
-from ..store import Columns
+from ..store import Columns, drawn_twice
 from .metrics import vote_fraction
 
 Array = NDArray[np.float64]
@@ -114,36 +114,45 @@ class Decision:
 
 def items_of(columns: Columns) -> Items:
     """Group the records of one system. UserError for records of several models, for those that saw the answer, and for
-    answers without a verdict."""
+    answers without a verdict; for draws of a problem at several temperatures or top_p, and for a trace that was drawn
+    under two settings."""
     check_one_system(columns)
     rows = columns.where(
         np.lexsort((columns.m, columns.k, columns.seed, columns.member, columns.weights, columns.problem))
     )
+    _check_one_law(rows)
     names = ("problem", "weights", "member", "seed", "k")
     new = np.ones(len(rows), bool)
     if len(rows):
         new[1:] = np.any([np.diff(getattr(rows, name)) != 0 for name in names], axis=0)
+    _check_one_setting(rows, new)
     trace = np.cumsum(new) - 1
     draws = rows.where(new)
     right = np.bincount(trace, weights=rows.correct) / np.maximum(np.bincount(trace), 1)
     first = np.flatnonzero(np.diff(draws.problem, prepend=-1))
     ids = tuple(draws.problems[code] for code in draws.problem[first].tolist())
-    items = Items(ids, np.append(first, len(draws)), draws, right, rows)
-    _check_one_law(items)
-    return items
+    return Items(ids, np.append(first, len(draws)), draws, right, rows)
 
 
-def _check_one_law(items: Items) -> None:
-    """UserError where draws of one problem have several temperatures or top_p: votes pool draws of one law."""
+def _check_one_law(rows: Columns) -> None:
+    """UserError where records of one problem have several temperatures or top_p: votes pool draws of one law."""
+    new = np.diff(rows.problem, prepend=-1) != 0
+    first = np.flatnonzero(new)[np.cumsum(new) - 1]
     for name in ("temperature", "top_p"):
-        values = getattr(items.draws, name)
-        other = np.flatnonzero(values != values[items.start[:-1]][items.item])
+        values = getattr(rows, name)
+        other = np.flatnonzero(values != values[first])
         if len(other):
-            at = int(items.item[other[0]])
-            raise UserError(
-                f"problem {items.ids[at]!r} has samples at {name} {values[items.start[at]]} and {values[other[0]]}; "
-                "choose one"
-            )
+            at = int(other[0])
+            problem, one = rows.problems[int(rows.problem[at])], values[first[at]]
+            raise UserError(f"problem {problem!r} has samples at {name} {one} and {values[at]}; choose one")
+
+
+def _check_one_setting(rows: Columns, new: Bool) -> None:
+    """As `store.check_one_setting`, of sorted rows, `new` being the first of each trace."""
+    twice = np.flatnonzero(~new[1:] & ((np.diff(rows.m) == 0) | (rows.m[:-1] == 0)))
+    if len(twice):
+        at = int(twice[0])
+        raise drawn_twice(rows.problems[int(rows.problem[at])], int(rows.k[at]))
 
 
 def check_one_system(columns: Columns) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from ..errors import UserError
-from ..store import SampleRecord
+from ..store import SampleRecord, check_one_setting
 
 Array = NDArray[np.float64]
 
@@ -146,14 +146,18 @@ def candidates_from_records(records: Sequence[SampleRecord]) -> Candidates:
 
     `logp_answer` is left out: it takes a model (`score_candidates`). So is `logp_trace` of samples drawn at another
     temperature than 1 or with top-p: what is stored is then log q. Of greedy samples there is no log q. Records from
-    different weights or problems are refused: they are not draws of one law.
+    different weights or problems, or at several temperatures or top_p, are refused: they are not draws of one law. So
+    is a trace that was drawn under two settings.
     """
     if not records:
         raise UserError("no samples to rank")
-    for name in ("problem_id", "weights"):
+    for name in ("problem_id", "weights", "temperature", "top_p"):
         values = sorted({getattr(record, name) for record in records})
         if len(values) > 1:
-            raise UserError(f"samples to rank together come from several {name}: {', '.join(values)}")
+            raise UserError(
+                f"samples to rank together come from several {name}: {', '.join(map(str, values))}"
+            )
+    check_one_setting(records)
     answers: dict[str, SampleRecord] = {}
     for record in records:
         if record.answered:

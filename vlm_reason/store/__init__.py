@@ -4,6 +4,7 @@ model."""
 from .columns import Columns, columns_of
 from .record import Judge, Provenance, SampleRecord, records_of, sample_key
 from .sample_store import SampleStore
+from .settings import check_one_setting, drawn_twice
 
 __all__ = [
     "Columns",
@@ -11,7 +12,9 @@ __all__ = [
     "Provenance",
     "SampleRecord",
     "SampleStore",
+    "check_one_setting",
     "columns_of",
+    "drawn_twice",
     "records_of",
     "sample_key",
 ]
