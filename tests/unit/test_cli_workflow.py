@@ -199,3 +199,20 @@ def test_problems_that_are_trained_on_are_left_out(recipe: Path, capfd) -> None:
     train.write_text("".join(lines))
     assert main(["eval", str(recipe), *config]) == 2
     assert "every problem of 'eval_task' is trained on too" in capfd.readouterr().err
+
+
+def test_samples_judged_by_an_answer_that_was_mended_since_are_refused(recipe: Path, capfd) -> None:
+    run(capfd, "sample", recipe)
+    file = recipe.parent / "test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[3]["answer"] = "03"  # the prompt of `Builder` stays the same
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = Engine.drawn
+    for more in ([], ["sampling.traces=6"]):
+        assert main(["sample", str(recipe), *more]) == 2
+        said = capfd.readouterr().err
+        assert (
+            "was judged against the answer '3', and the data now say '03': choose another output_dir" in said
+        )
+    assert Engine.drawn == drawn
+    assert run(capfd, "sample", recipe, f"output_dir={recipe.parent / 'again'}")["new"] == 300

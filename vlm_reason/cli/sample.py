@@ -52,6 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> Result:
     config = read_config(options)
     from ..evaluation import sample_into, stored, summarise
+    from ..evaluation.sampling import check_references
     from ..store import SampleStore
 
     settings = sampling_config(config, "sampling", DEFAULTS)
@@ -63,6 +64,8 @@ def _run(options: argparse.Namespace) -> Result:
     folder = samples_folder(config.output_dir)
     started = time.perf_counter()
     with SampleStore(folder) as store:
+        # before anything is drawn: new samples would be judged by the answers of now
+        check_references(stored(store, served.builder, problems, settings, source), problems)
         new = sample_into(
             store,
             served.engine,

@@ -15,9 +15,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
 from ..config import load_config
 from ..errors import UserError, nearest
 from ..ranking import METHODS
@@ -29,12 +31,15 @@ from .harness import EvalConfig, draw
 from .judging import make_judge
 from .members import Member, Members
 from .provenance import provenance_of
-from .sampling import SAMPLES_PER_CHUNK, is_stored, record_keys
+from .sampling import SAMPLES_PER_CHUNK, check_references, is_stored, record_keys, unstored
 from .suite import SuiteConfig
 
 LARGE = 16
 """Chunks are this many times larger where the engine wants thousands of requests at once (vLLM), and where a change of
 member loads a model."""
+
+VERIFIER = "verifier.txt"
+"""Beside the store of a task: which verifier judged it."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class PreparedTask:
 @dataclass(frozen=True)
 class Filled:
     """What is in the store of a task. records: those asked for, of the problems that every member finished, in order of
-    problem, member, k, m. left_out: problems not begun, and `why` (None: all were). new, tokens_new: drawn by this
-    call; seconds: spent drawing."""
+    problem, member, k, m. asked: the problems in order, up to the first that could be drawn and was not begun; those
+    too long among them count, those behind it do not. left_out: the others, and `why` (None: there are none). new,
+    tokens_new: drawn by this call; seconds: spent drawing."""
 
     task: PreparedTask
     store: Path
@@ -168,17 +174,19 @@ def _fill(config: SuiteConfig, members: Members, task: PreparedTask, limit: _Lim
             count, why = limit.problems(min(size, len(todo) - done), spent, worst)
             chunk = todo[done : done + count]
             label = f"{task.name} {done + count}/{len(todo)}" if progress else None
+            if chunk:
+                _keep_verifier(folder, config.tasks[task.name].verifier)
             for member in members if chunk else ():
                 found, appended, drawn = _chunk(store, known, members, member, task, chunk, label)
                 check_references(found, chunk)
                 records += found
                 spent, new, tokens_new = spent + tokens_of(found), new + appended, tokens_new + drawn
             done += count
-    begun = skipped | {p.id for p in todo[:done]}
-    asked = [p.id for p in task.problems if p.id in begun]
+    waiting = {p.id for p in todo[done:]}
+    asked = [p.id for p in takewhile(lambda p: p.id not in waiting, task.problems)]
     place = {problem: i for i, problem in enumerate(asked)}
     records.sort(key=lambda r: (place[r.problem_id], -1 if r.member is None else r.member, r.k, r.m))
-    out, reasons = len(todo) - done, [f"budget.{why}"] if why else []
+    out, reasons = len(task.problems) - len(asked), [f"budget.{why}"] if why else []
     if task.left_out:
         reasons.append("budget.problems")
     return Filled(
@@ -192,44 +200,51 @@ def _chunk(
     chunk: Sequence[Problem], label: str | None,
 ) -> tuple[list[SampleRecord], int, int]:  # fmt: skip
     """The records of one member on one chunk, how many of them are new in the store, and how many tokens were drawn.
-    A chunk of which anything is missing is drawn whole (see sampling.chunks); what the store had stays as it was."""
+    A chunk of which anything is missing is drawn whole (see sampling.chunks); what the store had stays as it was, and
+    is what counts."""
     settings = replace(task.settings, adapter=member.adapter)
+    appended = tokens = 0
     with members.serve(member) as engine:
         source = provenance_of(engine, task.prompts, settings, member.weights, member.index)
-        if all(is_stored(store, task.builder, p, settings, source) for p in chunk):
-            keys = (key for p in chunk for key in record_keys(task.builder, p, settings, source).values())
-            return [known[key] for key in keys if key in known], 0, 0
-        if label and member.index is not None and len(members) > 1:
-            label = f"{label}, member {member.index + 1}/{len(members)}"
-        drawn = draw(engine, task.builder, chunk, task.judge, settings, source, label)
-    appended = store.append(drawn)
-    return [known.setdefault(record.key, record) for record in drawn], appended, tokens_of(drawn)
-
-
-def check_references(records: Sequence[SampleRecord], problems: Sequence[Problem]) -> None:
-    """UserError where a stored sample was judged against another reference answer than the problem now has."""
-    answers = {p.id: p.answer for p in problems}
-    for record in records:
-        if record.reference != answers[record.problem_id]:
-            raise UserError(
-                f"problem {record.problem_id!r} was judged against the answer {record.reference!r}, and the data now "
-                f"say {answers[record.problem_id]!r}: choose another output_dir"
-            )
+        if not all(is_stored(store, task.builder, p, settings, source) for p in chunk):
+            if label and member.index is not None and len(members) > 1:
+                label = f"{label}, member {member.index + 1}/{len(members)}"
+            drawn = draw(engine, task.builder, chunk, task.judge, settings, source, label)
+            fresh = unstored(drawn, known, task.builder, chunk, settings, source)
+            appended, tokens = store.append(fresh), tokens_of(drawn)
+            known |= {record.key: record for record in fresh}
+    keys = (key for p in chunk for key in record_keys(task.builder, p, settings, source).values())
+    return [known[key] for key in keys if key in known], appended, tokens
 
 
 def check_verifiers(config: SuiteConfig) -> None:
     """UserError where the samples in output_dir were judged by another verifier: their verdicts are stored."""
-    written = Path(config.output_dir) / "config.yaml"
-    if not written.is_file():
-        return
-    before = load_config(written).get("tasks") or {}
     for name, entry in config.tasks.items():
-        then = (before.get(name) or {}).get("verifier", entry.verifier)
-        if then != entry.verifier:
+        then = _judged_by(Path(config.output_dir), name)
+        if then not in (None, entry.verifier):
             raise UserError(
                 f"the samples of task {name!r} in {config.output_dir!r} were judged by verifier {then!r}, and the "
                 f"suite says {entry.verifier!r}: choose another output_dir"
             )
+
+
+def _judged_by(output: Path, task: str) -> str | None:
+    """The verifier of the samples of `task`; None where there are none, or nothing says what it was."""
+    if not any((output / task / "samples").glob("segment-*.jsonl")):
+        return None
+    written, config = output / task / VERIFIER, output / "config.yaml"
+    if written.is_file():
+        return written.read_text().strip()
+    before = load_config(config).get("tasks") or {} if config.is_file() else {}  # of a store without VERIFIER
+    return (before.get(task) or {}).get("verifier")
+
+
+def _keep_verifier(store: Path, verifier: str) -> None:
+    """Say beside `store` who judges it, before the first sample is in it. config.yaml cannot: it is of the last run,
+    which may have had other tasks."""
+    written = store.parent / VERIFIER
+    if not written.is_file() or written.read_text().strip() != verifier:
+        write_atomically(written, verifier + "\n")
 
 
 def tokens_of(records: Sequence[SampleRecord]) -> int:

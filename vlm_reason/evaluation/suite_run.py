@@ -110,7 +110,7 @@ def _cost(filled: Sequence[Filled], clock: Sequence[float]) -> dict[str, float]:
 def _measure(config: SuiteConfig, members: Members, filled: Filled, progress: bool) -> Measured:
     task, records = filled.task, filled.records
     several = task.settings.traces * task.settings.answers * len(members) > 1
-    believed: dict[str, Belief] = {}
+    believed: dict[str, Belief] | None = None
     if several:
         scored: dict[tuple[int | None, str], Candidates] | None = None
         if needs_model(records, config.rank):
@@ -138,7 +138,7 @@ def _task_report(filled: Filled, measured: Measured) -> dict[str, Any]:
         "left_out": filled.left_out,
         "left_out_why": filled.why,
         "repeated": filled.task.repeated,
-        "too_long": list(filled.task.too_long),
+        "too_long": [i for i in filled.task.too_long if i in begun],
         "verifier_failures": measured.verifier_failures,
         "data": hash_problems([p for p in filled.task.problems if p.id in begun]),
         "prompts": filled.task.prompts,
