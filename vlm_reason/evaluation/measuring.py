@@ -67,8 +67,9 @@ def measure(
         rows |= belief_rows(list(believed.values()), members)
     flag = (f"too_long={len(too_long)}",) if too_long else ()
     rows = {name: replace(row, flags=(*row.flags, *flag)) for name, row in rows.items()}
+    known = believed or {}
     items = {
-        problem: {"correct": value, **(believed[problem].to_json() if problem in (believed or {}) else {})}
+        problem: {"correct": value, **(known[problem].to_json() if problem in known else {})}
         for problem, value in result.per_problem.items()
     }
     if believed is not None:
