@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Iterable, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,20 @@ class ReplyCache:
                 if f"@{version}-" in under or (self._fresh and under.startswith("base"))
             }
             self._fresh = False
-            if len(keep) == len(self._found):
-                return
-            self._found = {key: output for key, output in self._found.items() if key in keep}
-            self._under = {key: under for key, under in self._under.items() if key in keep}
-            rows = [{"key": k, "under": self._under[k], **asdict(o)} for k, o in self._found.items()]
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._keep(keep)
+
+    def forget(self, asked: Iterable[tuple[Call, str]]) -> None:
+        """Drop the replies to these calls (call, under), if there are any."""
+        with self._lock:
+            self._keep(self._found.keys() - {_key(call, under) for call, under in asked})
+
+    def _keep(self, keys: Set[str]) -> None:
+        if len(keys) == len(self._found):
+            return
+        self._found = {key: output for key, output in self._found.items() if key in keys}
+        self._under = {key: under for key, under in self._under.items() if key in keys}
+        rows = [{"key": k, "under": self._under[k], **asdict(o)} for k, o in self._found.items()]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _remember(self, key: str, under: str, output: Output) -> None:
         self._found[key], self._under[key] = output, under

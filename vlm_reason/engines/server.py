@@ -112,6 +112,20 @@ class Server:
             "was loaded there: is another run using it? One server serves one run at a time"
         )
 
+    def started(self) -> float | None:
+        """When its process was started (Unix seconds), None where it does not say: it is away, for one."""
+        try:
+            response = self._connections.request("GET", "/metrics", None, STATUS_TIMEOUT / 6)
+        except urllib3.exceptions.HTTPError:
+            return None
+        lines = response.data.decode(errors="replace").splitlines()
+        return next((float(x.split()[1]) for x in lines if x.startswith("process_start_time_seconds ")), None)
+
+    def started_again(self, before: float | None) -> bool:
+        """Is it another process than the one of which `started` was `before`?"""
+        now = None if before is None else self.started()
+        return now is not None and now != before
+
     # ---- requests ------------------------------------------------------------------------------------------
 
     def complete(self, call: Call, seconds: float | None = None) -> Output:

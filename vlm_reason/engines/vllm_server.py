@@ -66,6 +66,7 @@ class Servers:
         if not waiting:
             return [outputs[i] for i in range(len(calls))]
         used = [server for server in self._servers if any(server is s for s in self._dealt(calls))]
+        since = [server.started() if self._weights else None for server in used]
         for server in used:
             server.begin()
             server.check_serving(set(self._adapters), self._weights, self._restore)
@@ -80,13 +81,20 @@ class Servers:
             bar.update()
             return i, output
 
-        with bar, ThreadPoolExecutor(len(used) * self._concurrency) as pool:
-            futures = [pool.submit(ask, i) for i in waiting]
-            try:
-                _until_answered(futures, used)
-            except BaseException:  # Ctrl-C: what is queued or on its way is dropped, there and here
-                _drop(futures, used)
-                raise
+        try:
+            with bar, ThreadPoolExecutor(len(used) * self._concurrency) as pool:
+                futures = [pool.submit(ask, i) for i in waiting]
+                try:
+                    _until_answered(futures, used)
+                except BaseException:  # Ctrl-C: what is queued or on its way is dropped, there and here
+                    _drop(futures, used)
+                    raise
+        finally:  # weights have no name in a request: a server that was started anew answered with those it came with
+            anew = [s for s, before in zip(used, since, strict=True) if s.started_again(before)]
+            doubtful = [i for i in waiting if any(dealt[i] is server for server in anew)]
+            self.replies.forget([(calls[i], calls[i].adapter or under) for i in doubtful])
+        if doubtful:
+            return self.generate(calls, progress)
         outputs.update(future.result() for future in futures)
         return [outputs[i] for i in range(len(calls))]
 
