@@ -38,7 +38,7 @@ def test_wilson_is_the_closed_form_and_symmetric(n: int, data: st.DataObject) ->
 
 @pytest.mark.parametrize("right", [1, 3, 5])
 def test_items_of_one_share_keep_a_width_whatever_rounds(right: int) -> None:
-    """Three items with 1 of 10 right each: (0.1 + 0.1 + 0.1) / 3 is not 0.1 to the last bit, the spread is 0 all the same."""
+    """Of three items with 1 of 10 right each the mean is not 0.1 to the last bit; the spread is 0 all the same."""
     estimate = clustered_share([right / 10] * 3, [0, 1, 2])
     assert estimate.se == 0.0 and "degenerate" in estimate.flags
     assert estimate.ci[1] - estimate.ci[0] > 0.3
