@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.base import Law
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.models.load import load_model
@@ -109,6 +110,7 @@ def report(row: str, value: float, unit: str, bar: float, ok: bool, detail: dict
 
 
 def main() -> None:
+    keep_stdout_clean()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 
 import torch
 
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.config import RunConfig, from_dict
 from vlm_reason.models.load import load_tokenizer
 from vlm_reason.planning.cluster import Cluster
@@ -172,6 +173,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    keep_stdout_clean()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

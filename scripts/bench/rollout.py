@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.launch import enter_environment
 
 BAR = 0.97
@@ -41,6 +42,7 @@ def bare(llm, prompts: list[tuple[int, ...]], tokens: int, repetition: int, logp
 
 
 def main() -> None:
+    keep_stdout_clean()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

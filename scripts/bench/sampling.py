@@ -19,6 +19,7 @@ import time
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.base import Law, SampleRequest
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.models.load import load_model
@@ -66,6 +67,7 @@ def time_generate(
 
 
 def main() -> None:
+    keep_stdout_clean()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.launch import enter_environment
 
 
@@ -71,6 +72,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
+    keep_stdout_clean()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
