@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from command import bench_parser
+
 from vlm_reason.evaluation.summary import summary
 from vlm_reason.store import SampleRecord, SampleStore
 
@@ -175,9 +177,7 @@ def rows(kind: str, samples: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument(
         "--no-ranking", action="store_true", help="leave out the rows that need the built-in model"

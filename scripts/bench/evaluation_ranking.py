@@ -13,7 +13,6 @@ counted there. `time`: medians over alternating repetitions of one process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -23,9 +22,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from command import bench_parser
 from transformers import PreTrainedModel
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.base import Law
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.models.load import load_model
@@ -110,10 +109,7 @@ def report(row: str, value: float, unit: str, bar: float, ok: bool, detail: dict
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))

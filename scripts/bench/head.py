@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from command import bench_parser
 from peak_memory import peak_above, peak_in_a_process_of_its_own, report
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.models.load import load_model
 from vlm_reason.scoring.head import head_logits, head_logprobs
 
@@ -61,10 +61,7 @@ def prepared(args: argparse.Namespace) -> Callable[[str], Tensor]:
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=2048)

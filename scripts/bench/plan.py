@@ -11,7 +11,6 @@ seconds; nothing is fitted to the runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -27,8 +26,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 import torch
+from command import bench_parser
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.config import RunConfig, from_dict
 from vlm_reason.models.load import load_tokenizer
 from vlm_reason.planning.cluster import Cluster
@@ -173,10 +172,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--write", type=Path, help="write the rows as a results file too")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ row leaves those out. One `LLM` serves the engine and the bare calls.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
+from command import bench_parser
+
 from vlm_reason.engines.launch import enter_environment
 
 BAR = 0.97
@@ -42,10 +42,7 @@ def bare(llm, prompts: list[tuple[int, ...]], tokens: int, repetition: int, logp
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=64)

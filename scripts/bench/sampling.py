@@ -9,7 +9,6 @@ of tokens (nothing stops early) at temperature 1, in alternating repetitions; `v
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -17,9 +16,9 @@ import sys
 import time
 
 import torch
+from command import bench_parser
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.engines.base import Law, SampleRequest
 from vlm_reason.engines.hf import HFEngine
 from vlm_reason.models.load import load_model
@@ -67,10 +66,7 @@ def time_generate(
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=64)

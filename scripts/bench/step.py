@@ -26,10 +26,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from command import bench_parser
 from peak_memory import peak_above, peak_in_a_process_of_its_own, report
 from torch import Tensor, nn
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
 from vlm_reason.models.adapters import REASONER, AdapterConfig, add_adapters, trainable
 from vlm_reason.models.load import load_model
 from vlm_reason.traces.recipe import Phase
@@ -175,10 +175,7 @@ def time_steps(steps: dict[str, Step], repetitions: int) -> dict[str, list[float
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rank", type=int, default=16)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vlm_reason.compat.deepspeed_log import keep_stdout_clean
+from command import bench_parser
+
 from vlm_reason.engines.launch import enter_environment
 
 
@@ -72,10 +73,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    keep_stdout_clean()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)

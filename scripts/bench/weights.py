@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from command import bench_parser
 from peak_memory import peak_above, peak_in_a_process_of_its_own, report
 from torch import Tensor
 
@@ -55,9 +56,7 @@ def two_steps(side: str, parameters: list[Tensor]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--matrices", type=int, default=MATRICES)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--memory-of", choices=list(SIDES), help=argparse.SUPPRESS)
