@@ -28,7 +28,7 @@ from ...tasks.answers import AnswerKind, canonical, extract_answer
 from ...types import Problem, Trace, TraceGroup
 from ..members import Member, Members
 from .asking import Asker
-from .encoding import Encoder, Ids
+from .encoding import Decoding, Encoder, Ids
 from .mixture import Ask, Draft, Mixed, Written, log_mean_exp
 from .responses import Responses
 
@@ -110,10 +110,22 @@ class RationaleMixture:
         self, asker: Asker, member: Member, m: int, problems: Sequence[Problem]
     ) -> dict[str, TraceGroup]:
         """The N rationales of every problem, by its id."""
-        prompts = Prompts(self.encoder, self.config, ())
+        groups = self._rolled_out(asker, member, m, Prompts(self.encoder, self.config, ()), problems, None)
+        return {group.problem.id: group for group in groups}
+
+    def _rolled_out(
+        self,
+        asker: Asker,
+        member: Member,
+        m: int,
+        prompts: Prompts,
+        problems: Sequence[Problem],
+        how: Decoding | None,
+    ) -> list[TraceGroup]:
+        """N rationales a problem by member m; behind each complete one an answer decoded as `how`, or none."""
         for problem in problems:
             self.encoder.check_room(len(prompts.prior_ids(problem)) + 1, problem.id)
-        groups = roll_out(
+        return roll_out(
             asker,
             prompts,
             problems,
@@ -122,11 +134,11 @@ class RationaleMixture:
             stream="eval",
             visit=m,
             max_trace_tokens=self.config.max_tokens,
-            max_answer_tokens=1,
-            answers_per_trace=0,
+            max_answer_tokens=how.max_tokens if how else 1,
+            answers_per_trace=1 if how else 0,
+            answer_law=Law(member.adapter, how.temperature, how.top_p) if how else Law(member.adapter),
             progress=self.progress,
         )
-        return {group.problem.id: group for group in groups}
 
     def _behind(
         self, asker: Asker, choices: Sequence[Choice], groups: Sequence[TraceGroup]
@@ -183,21 +195,7 @@ class RationaleMixture:
         for m, member in enumerate(self.members):
             with self.members.serve(member) as engine:
                 asker = Asker(engine, member, self.responses)
-                for problem in problems:
-                    self.encoder.check_room(len(prompts.prior_ids(problem)) + 1, problem.id)
-                groups = roll_out(
-                    asker,
-                    prompts,
-                    problems,
-                    [Draw(PROPOSAL, member.adapter)] * self.config.rationales,
-                    run_seed=self.seed,
-                    stream="eval",
-                    visit=[m] * len(problems),
-                    max_trace_tokens=self.config.max_tokens,
-                    max_answer_tokens=how.max_tokens,
-                    answer_law=Law(member.adapter, how.temperature, how.top_p),
-                    progress=self.progress,
-                )
+                groups = self._rolled_out(asker, member, m, prompts, problems, how)
                 own = {g.problem.id: self._records(g, member) for g in groups}
                 scored = score_candidates(asker, prompts.cue_ids, own, Law(member.adapter), self.progress)
             for i, (group, of_item) in enumerate(zip(groups, own.values(), strict=True)):
