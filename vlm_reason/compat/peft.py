@@ -66,3 +66,39 @@ def _short_forward(layer: Linear) -> Callable[[Tensor], Tensor] | None:
 def is_lean(model: nn.Module) -> bool:
     """Whether any layer of `model` is on the short path now."""
     return any("forward" in vars(m) for m in model.modules() if type(m) is Linear)
+
+
+Update = Callable[[Tensor], Tensor]
+"""x [R, T, in] -> what the adapter adds to W x, [R, T, out]."""
+
+
+@contextmanager
+def lora_updates(
+    model: nn.Module, adapter: str, make: Callable[[str, Linear], Update | None]
+) -> Iterator[list[str]]:
+    """Inside the block, a plain LoRA linear layer gives base(x) + update(x) with what `make(name, layer)` returns; None
+    leaves the layer to PEFT. Gives the names replaced: what a layer's keys have before `.lora_A.weight` in an
+    adapter file. Works with gradients. A layer of another kind that holds `adapter` (DoRA, embeddings, convolutions,
+    saved modules) is not offered."""
+    replaced: list[Linear] = []
+    names: list[str] = []
+    try:
+        for name, module in model.named_modules():
+            if type(module) is not Linear or adapter not in module.lora_A or adapter in module.lora_variant:
+                continue
+            if (update := make(name, module)) is not None:
+                module.forward = _with_update(module.base_layer, update)  # type: ignore[method-assign, assignment]
+                replaced.append(module)
+                names.append(name)
+        yield names
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _with_update(base: nn.Module, update: Update) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = base(x)
+        return y + update(x).to(y.dtype)
+
+    return forward

@@ -1,14 +1,18 @@
-"""Uncertainty of weights: an optimiser that learns a Gaussian over them, and posteriors over adapters."""
+"""Uncertainty of weights: methods that learn a posterior over an adapter, families of posteriors, their predictions."""
 
-from .diagonal import DiagonalGaussian
+from .examples import Batch, Choices, Example, choice_examples, in_batches, make_batch
+from .families import FAMILIES
+from .families.diagonal import DiagonalGaussian
 from .ivon import IVON
+from .job import FitReport, Job, Training
+from .likelihoods import BradleyTerry, Choice, Likelihood, Regression, Tokens
+from .methods import METHODS
 from .posterior import Origin, Posterior
+from .predictive import Predictive
 from .settings import Diagnostics, Settings, diagnose, suggest_settings
 
-FAMILIES: dict[str, type[Posterior]] = {DiagonalGaussian.family: DiagonalGaussian}
-"""Name -> class of every family of posteriors there is."""
-
 __all__ = [
-    "FAMILIES", "IVON", "Diagnostics", "DiagonalGaussian", "Origin", "Posterior", "Settings", "diagnose",
-    "suggest_settings",
+    "FAMILIES", "IVON", "METHODS", "Batch", "BradleyTerry", "Choice", "Choices", "Diagnostics", "DiagonalGaussian",
+    "Example", "FitReport", "Job", "Likelihood", "Origin", "Posterior", "Predictive", "Regression", "Settings",
+    "Tokens", "Training", "choice_examples", "diagnose", "in_batches", "make_batch", "suggest_settings",
 ]  # fmt: skip

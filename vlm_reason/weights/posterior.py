@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
@@ -49,13 +49,17 @@ from .artefact import (
 )
 
 if TYPE_CHECKING:
+    from .examples import Batch, Example
     from .ivon import IVON
+    from .likelihoods import Likelihood
+    from .predictive import Predictive
 
 
 @dataclass(frozen=True)
 class Origin:
     """base: hash of the base model's weights, None if unknown. ess: lambda. data_size: N, None if unknown. temper: the
-    product of all tempering since the fit. prior: precision of the zero-mean Gaussian prior by key; flat at 0."""
+    product of all tempering since the fit. prior: precision of the zero-mean Gaussian prior by key; flat at 0.
+    output_temperature: logits are divided by it in every prediction."""
 
     base: str | None = None
     ess: float | None = None
@@ -63,6 +67,7 @@ class Origin:
     updates: int | None = None
     temper: float = 1.0
     prior: Mapping[str, float] = field(default_factory=dict)
+    output_temperature: float = 1.0
 
 
 class Posterior(ABC):
@@ -80,7 +85,7 @@ class Posterior(ABC):
 
         UserError if the optimiser trains weights outside the adapter or none in it, and for NaN.
         """
-        from .diagonal import DiagonalGaussian
+        from .families.diagonal import DiagonalGaussian
 
         return DiagonalGaussian.from_ivon(optimizer, model, adapter)
 
@@ -114,6 +119,15 @@ class Posterior(ABC):
         """The `fraction` of weights with the lowest |mean| / sigma at 0, and certain of it."""
         self._lacks("pruning")
 
+    def output_covariance(self, jacobian: Mapping[str, Tensor]) -> Tensor:
+        """J Sigma J^T [B, C, C] of the linearised model; jacobian: key -> [B, C, *shape], of the uncertain tensors at
+        least. Exact for the family's own covariance."""
+        self._lacks("covariance in closed form")
+
+    def uncertain(self) -> list[str]:
+        """Keys whose tensors differ between draws."""
+        return list(self.mean())
+
     @abstractmethod
     def tensors(self) -> Tree:
         """What posterior.safetensors holds."""
@@ -123,6 +137,22 @@ class Posterior(ABC):
     def from_tensors(
         cls, adapter_config: Mapping[str, Any], mean: Tree, tensors: Tree, origin: Origin
     ) -> Posterior: ...
+
+    # ------------------------------------------------------------------------------------------------ predictions
+
+    def predictive(
+        self,
+        model: PeftModel,
+        data: Batch | Sequence[Example],
+        likelihood: Likelihood,
+        n: int = 10,
+        mode: str = "auto",
+        **options: Any,
+    ) -> Predictive:
+        """What n draws predict together, on a `model` this posterior was attached to; see predictive/predict.py."""
+        from .predictive import predictive
+
+        return predictive(self, model, data, likelihood, n, mode, **options)
 
     def _lacks(self, what: str) -> NoReturn:
         raise UserError(f"a posterior of family {self.family!r} has no {what}")
@@ -149,7 +179,7 @@ class Posterior(ABC):
         UserError for a missing or broken file, NaN, tensors that do not belong together, another rank than the config
         says, and a `model` that is not the one it was fitted on.
         """
-        from . import FAMILIES
+        from .families import FAMILIES
 
         folder = Path(folder).expanduser()
         config = read_json(folder / CONFIG)

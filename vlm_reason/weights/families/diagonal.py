@@ -18,10 +18,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..errors import UserError
-from .artefact import Tree, check_finite
-from .noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
-from .posterior import (
+from ...errors import UserError
+from ..artefact import Tree, check_finite
+from ..noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
+from ..posterior import (
     Origin,
     Posterior,
     adapter_tensors,
@@ -32,7 +32,7 @@ from .posterior import (
 )
 
 if TYPE_CHECKING:
-    from .ivon import IVON
+    from ..ivon import IVON
 
 SCALE = ".scale"
 
@@ -177,6 +177,19 @@ class DiagonalGaussian(Posterior):
         sigma = {k: torch.full_like(v, self.origin.prior[k] ** -0.5) for k, v in self._sigma.items()}
         zero = {k: torch.zeros_like(v) for k, v in self._mean.items()}
         return DiagonalGaussian(self.adapter_config, zero, sigma, self.origin)
+
+    def uncertain(self) -> list[str]:
+        return list(self._sigma)
+
+    def output_covariance(self, jacobian: Mapping[str, Tensor]) -> Tensor:
+        total = None
+        for key, sigma in self._sigma.items():
+            j = jacobian[key].flatten(2).double()
+            part = (j * sigma.view(-1).double().square()) @ j.mT
+            total = part if total is None else total + part
+        if total is None:
+            raise UserError("a posterior that is certain of all weights has no covariance")
+        return total
 
     def precision_diag(self) -> Tree:
         return {k: self._sigma_or_zero(k).float().square().reciprocal() for k in self._mean}
