@@ -161,16 +161,24 @@ class Posterior(ABC):
 
     def save(self, folder: str | Path) -> Path:
         """Write the four files of artefact.py into a new or empty folder. UserError for any other, and for NaN."""
+        return write_folder(folder, list(self.files()))
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """What `save` writes: (path in the folder, content). UserError for NaN."""
         mean, tensors = self.mean(), self.tensors()
         check_finite(mean, "of the mean")
         check_finite(tensors, "of the posterior")
         config = {"version": VERSION, "family": self.family, "origin": asdict(self.origin)}
-        files = [
-            *adapter_files(self.adapter_config, mean),
-            (TENSORS, tensor_bytes(tensors)),
-            config_file(config),
-        ]
-        return write_folder(folder, files)
+        yield from adapter_files(self.adapter_config, mean)
+        yield TENSORS, tensor_bytes(tensors)
+        yield config_file(config)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, adapter_config: Mapping[str, Any], mean: Tree, tensors: Tree, origin: Origin
+    ) -> Posterior:
+        """`from_tensors`, for families that keep more in the folder than the four files."""
+        return cls.from_tensors(adapter_config, mean, tensors, origin)
 
     @staticmethod
     def load(folder: str | Path, model: nn.Module | None = None) -> Posterior:
@@ -197,7 +205,7 @@ class Posterior(ABC):
             origin = Origin(**config["origin"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{CONFIG} in {str(folder)!r} has no readable origin: {error}") from error
-        posterior = FAMILIES[family].from_tensors(adapter_config, mean, tensors, origin)
+        posterior = FAMILIES[family].from_folder(folder, adapter_config, mean, tensors, origin)
         if model is not None:
             posterior.check_base(model)
         return posterior

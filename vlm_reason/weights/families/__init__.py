@@ -2,9 +2,13 @@
 
 from ..posterior import Posterior
 from .diagonal import DiagonalGaussian
+from .mixture import Mixture
+from .particles import Particles
 
 FAMILIES: dict[str, type[Posterior]] = {
     DiagonalGaussian.family: DiagonalGaussian,
+    Mixture.family: Mixture,
+    Particles.family: Particles,
 }
 """Name -> class of every family there is."""
 
