@@ -124,6 +124,13 @@ class Posterior(ABC):
         least. Exact for the family's own covariance."""
         self._lacks("covariance in closed form")
 
+    def closed_form(
+        self, model: PeftModel, batch: Batch, likelihood: Likelihood, adapter: str = "default"
+    ) -> tuple[Tensor, Tensor]:
+        """(m [B, C], V [B, C, C]), fp32 or wider: the outputs f ~ N(m, V) exactly, in one run of the model and without
+        draws. For families whose uncertainty is in a last, linear layer."""
+        self._lacks("outputs in closed form")
+
     def uncertain(self) -> list[str]:
         """Keys whose tensors differ between draws."""
         return list(self.mean())
@@ -147,12 +154,59 @@ class Posterior(ABC):
         likelihood: Likelihood,
         n: int = 10,
         mode: str = "auto",
-        **options: Any,
+        *,
+        seed: int = 0,
+        antithetic: bool = False,
+        link: str = "mc",
+        until: float | None = None,
+        at_least: int = 4,
+        with_mean: bool = False,
+        keep_logits: bool = False,
+        adapter: str = "default",
+        tokens: int = 4096,
+        memory: int = 1 << 30,
     ) -> Predictive:
-        """What n draws predict together, on a `model` this posterior was attached to; see predictive/predict.py."""
+        """What the posterior predicts for every example of `data`: the mean of p(y | f) over its draws of weights, on a
+        `model` this posterior was attached to. The adapter is left as it was found; dropout is off meanwhile.
+
+        With theta_s ~ q, f_s = f(x; theta_s) [C] and m = mean of q, p(y) is, by `mode`:
+
+        mean         p(y | f(x; m)); one run of the model
+        sequential   mean_s p(y | f_s), one draw after the other written into the adapter; n runs
+        batched      the same numbers, all draws in one forward; layers below the first uncertain one run once
+        linearised   E p(y | f), f ~ N(f(x; m), J Sigma J^T), J = df/dtheta at m; for families without a covariance the
+                     draws f(x; m) + J (theta_s - m); one run and C backward passes
+        closed_form  E p(y | f) with the f ~ N(., V) a family has exactly (Bayesian last layers), in one run; families
+                     with a covariance alone: linearised, with link "probit"
+        auto         closed_form where outputs have one, mean where the posterior is certain, else batched
+
+        n: draws. Draw s is the same whatever n, mode and the division into batches. antithetic: pairs about the mean.
+        link: "mc" averages over draws of f ~ N(., V) (the same 4096 normals for every example); "probit" is
+        softmax(f_c / sqrt(1 + pi V_cc / 8)) (MacKay 1992). For the two modes that have V.
+        until: adaptive n, for sequential and batched. After `at_least` draws, and after every `at_least` more, an
+        example is finished when the 95 % intervals of its total and expected entropy are no wider than +- `until`
+        nats; the others go on, to at most n. Stopping favours examples whose first draws agree by luck.
+        with_mean: `mean_probs` also in modes that do not have it anyway (one more run). keep_logits: f [S, B, C].
+        tokens: how many tokens, draws included, go through the uncertain layers at once (at least one row of one draw).
+        memory: bytes that draws, or Jacobians, take at once. Neither changes the numbers beyond rounding.
+
+        Choice gives probabilities; BradleyTerry [p, 1 - p], the preferred first; Regression mean and variance; Tokens
+        log_prob alone, of the mixture over draws of the whole sequence. `log_prob` of the targets is always there.
+
+        Draws that cannot share a forward here (embeddings, modules_to_save) go through PEFT's mixed batches in place of
+        `batched`, others (DoRA) one after the other; a warning says so once.
+
+        UserError for unknown modes and links, and for what a family or a likelihood does not have.
+
+        When not to use it: if a temperature-scaled mean is as good on held-out data, which takes one run.
+        """
         from .predictive import predictive
 
-        return predictive(self, model, data, likelihood, n, mode, **options)
+        return predictive(
+            self, model, data, likelihood, n, mode, seed=seed, antithetic=antithetic, link=link, until=until,
+            at_least=at_least, with_mean=with_mean, keep_logits=keep_logits, adapter=adapter, tokens=tokens,
+            memory=memory,
+        )  # fmt: skip
 
     def _lacks(self, what: str) -> NoReturn:
         raise UserError(f"a posterior of family {self.family!r} has no {what}")

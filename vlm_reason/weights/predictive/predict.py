@@ -31,11 +31,17 @@ def predictive(
     likelihood: Likelihood,
     n: int = 10,
     mode: str = "auto",
+    *,
     seed: int = 0,
     antithetic: bool = False,
+    link: str = "mc",
+    until: float | None = None,
+    at_least: int = 4,
+    with_mean: bool = False,
     keep_logits: bool = False,
     adapter: str = "default",
     tokens: int = 4096,
+    memory: int = 1 << 30,
 ) -> Predictive:
     """See `Posterior.predictive`."""
     if mode not in MODES:

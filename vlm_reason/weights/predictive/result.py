@@ -15,10 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Predictive:
-    """ids: names of the examples, in order. probs [B, C]; total_entropy, expected_entropy, mutual_information [B];
-    variation_ratio [B]: share of draws whose first choice is not the most common one; logit_variance [B, C];
-    mean_probs [B, C]: of the mean weights, None where that was not computed; logits [S, B, C] on request; n: S; mode:
-    how it was computed; draws_used [B] where the number of draws was adaptive."""
+    """Of B examples. A likelihood without classes (Regression, Tokens) has C = 0; what does not exist is NaN.
+
+    ids: names of the examples, in order. probs [B, C]; total_entropy, expected_entropy, mutual_information [B], nats;
+    variation_ratio [B]: share of draws whose first choice is not the most common one; logit_variance [B, C]: of the
+    outputs f; n: draws S; mode: how it was computed; log_prob [B]: log mean_s p(target | f_s); mean_probs [B, C]: of
+    the mean weights, None where not computed; logits [S, B, C]: f, on request (NaN where an example had stopped);
+    draws_used [B] where the number of draws was adaptive; mean, variance [B]: of y, for Regression."""
 
     ids: tuple[str, ...]
     probs: Tensor
@@ -29,9 +32,12 @@ class Predictive:
     logit_variance: Tensor
     n: int
     mode: str
+    log_prob: Tensor | None = None
     mean_probs: Tensor | None = None
     logits: Tensor | None = None
     draws_used: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
 
 
 def from_logits(
