@@ -2,11 +2,13 @@
 
 from ..posterior import Posterior
 from .diagonal import DiagonalGaussian
+from .masks import Masks
 from .mixture import Mixture
 from .particles import Particles
 
 FAMILIES: dict[str, type[Posterior]] = {
     DiagonalGaussian.family: DiagonalGaussian,
+    Masks.family: Masks,
     Mixture.family: Mixture,
     Particles.family: Particles,
 }
