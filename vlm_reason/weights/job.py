@@ -15,16 +15,21 @@ from typing import Any, Protocol
 
 from peft import PeftModel
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .examples import Example
 from .likelihoods import Likelihood
 from .posterior import Posterior
 
 
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
 @dataclass(frozen=True)
 class Training:
     """Gradient training of one adapter. A step is `batch_size` examples over all processes; the last batch of an epoch
-    is smaller, never dropped. weight_decay: AdamW's, as the MAP baseline has it."""
+    is smaller, never dropped. weight_decay: AdamW's, as the MAP baseline has it. schedule: a name of transformers' (
+    linear, cosine, constant, ...). max_grad_norm: 0 for no clipping. tokens_per_microbatch: memory and speed, never
+    the result."""
 
     epochs: float = 3.0
     batch_size: int = 16
@@ -34,6 +39,7 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     save_steps: int = 200
+    tokens_per_microbatch: int = 8192
 
     def __post_init__(self) -> None:
         if not self.epochs > 0:
@@ -42,6 +48,18 @@ class Training:
             raise UserError(f"training.batch_size must be >= 1, got {self.batch_size}")
         if not self.learning_rate > 0:
             raise UserError(f"training.learning_rate must be > 0, got {self.learning_rate}")
+        if not 0 <= self.warmup_share <= 1:
+            raise UserError(f"training.warmup_share must be in [0, 1], got {self.warmup_share}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"training.{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("save_steps", "tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} must be >= 1, got {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"training.schedule: unknown {self.schedule!r}{nearest(self.schedule, SCHEDULES)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,20 @@
 from ..job import Method
 from .concrete_dropout import ConcreteDropout
 from .dropout import Dropout
+from .ensemble import Ensemble
+from .ivon import IVON
 from .map import MAP
 from .rank_masks import RankMasks
+from .temperature import Temperature
 
 METHODS: dict[str, type[Method]] = {
     "concrete_dropout": ConcreteDropout,
     "dropout": Dropout,
+    "ensemble": Ensemble,
+    "ivon": IVON,
     "map": MAP,
     "rank_masks": RankMasks,
+    "temperature": Temperature,
 }
 """Name -> settings class with `fit(job)`."""
 
