@@ -1,6 +1,7 @@
 """How posteriors are fitted: one file a method."""
 
 from ..job import Method
+from .blob import BLoB
 from .concrete_dropout import ConcreteDropout
 from .dropout import Dropout
 from .ensemble import Ensemble
@@ -10,6 +11,7 @@ from .rank_masks import RankMasks
 from .temperature import Temperature
 
 METHODS: dict[str, type[Method]] = {
+    "blob": BLoB,
     "concrete_dropout": ConcreteDropout,
     "dropout": Dropout,
     "ensemble": Ensemble,
