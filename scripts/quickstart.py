@@ -103,8 +103,9 @@ class Held:
         from vlm_reason.models.adapters import add_adapters, load_adapters
         from vlm_reason.models.load import load_model
         from vlm_reason.tasks.prompts import PromptBuilder
+        from vlm_reason.tasks.resolve import resolve_template
         from vlm_reason.tasks.sources import TaskSpec, held_out, load_problems
-        from vlm_reason.traces.run import adapter_config, resolve_template, resolve_verifier
+        from vlm_reason.traces.run import adapter_config, resolve_verifier
 
         model, tokenizer = load_model(config.model, dtype=config.dtype)
         if adapters is not None:

@@ -36,8 +36,9 @@ from vlm_reason.planning.lengths import PromptLengths, measure_prompts
 from vlm_reason.planning.model_size import model_size
 from vlm_reason.planning.plan import Guess, Plan, make_plan, make_scenario
 from vlm_reason.tasks.prompts import PromptBuilder
+from vlm_reason.tasks.resolve import resolve_template
 from vlm_reason.tasks.sources import TaskSpec, load_problems
-from vlm_reason.traces.run import resolve_template, run_training
+from vlm_reason.traces.run import run_training
 
 BAR = 0.5
 KINDS = ("generate", "score", "train")

@@ -15,10 +15,11 @@ from vlm_reason.cli.wiring import load_section, sampling_config
 from vlm_reason.config import RunConfig, from_dict, load_config
 from vlm_reason.engines.make import engine_config
 from vlm_reason.models.adapters import AdapterConfig
+from vlm_reason.tasks.resolve import resolve_template
 from vlm_reason.tasks.sources import TaskSpec
 from vlm_reason.tasks.verifiers import VERIFIERS
 from vlm_reason.traces.presets import build
-from vlm_reason.traces.run import adapter_config, resolve_template, run_training, trace_config
+from vlm_reason.traces.run import adapter_config, run_training, trace_config
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPO / "configs" / "recipes").glob("*.yaml"))

@@ -161,7 +161,7 @@ def _key_of_cut(data: dict[str, Any], line: dict[str, Any]) -> str:
     from transformers import AutoTokenizer
 
     from vlm_reason.tasks.prompts import PromptBuilder
-    from vlm_reason.traces.run import resolve_template
+    from vlm_reason.tasks.resolve import resolve_template
 
     builder = PromptBuilder(
         AutoTokenizer.from_pretrained(data["model"]), resolve_template(data["tasks"]["low"]["template"]), 0

@@ -93,9 +93,9 @@ def _prompts(config: RunConfig, given: float | None) -> PromptLengths:
     from ..models.load import load_tokenizer
     from ..planning.lengths import PromptLengths, measure_prompts
     from ..tasks.prompts import PromptBuilder
+    from ..tasks.resolve import resolve_template
     from ..tasks.sources import TaskSpec, load_problems
     from ..traces.presets import build
-    from ..traces.run import resolve_template
 
     if given is not None:
         if not 0 < given <= LONGEST_PROMPT:

@@ -142,7 +142,8 @@ def _load(config: RunConfig, source: str, adapter: Path | None) -> dict[System, 
     from ..models.adapters import AdapterConfig, add_adapters, load_adapters
     from ..models.load import fingerprint_weights, load_model
     from ..tasks.prompts import PromptBuilder
-    from ..traces.run import adapter_config, resolve_template
+    from ..tasks.resolve import resolve_template
+    from ..traces.run import adapter_config
 
     check_engine(config.engine, adapter is not None)
     model, tokenizer = load_model(source, dtype=cast(Any, config.dtype))  # it checks the name

@@ -90,7 +90,8 @@ def prepare(config: SuiteConfig, members: Members, context: int | None) -> list[
 
 
 def _prepare(config: SuiteConfig, name: str, members: Members, context: int | None) -> PreparedTask:
-    from ..traces.run import resolve_template, resolve_verifier
+    from ..tasks.resolve import resolve_template
+    from ..traces.run import resolve_verifier
 
     entry, settings, spec = config.tasks[name], config.sampling_of(name), config.problems_of(name)
     loaded = load_problems(spec)

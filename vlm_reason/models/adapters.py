@@ -39,12 +39,14 @@ _FULL_WEIGHTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 @dataclass(frozen=True)
 class AdapterConfig:
     """r: rank. alpha: scale (the update is multiplied by alpha / r). target_modules: `all-linear` (every linear layer
-    except the LM head) or module names. seed: of the initial A; adapter names enter the seed, so the two differ."""
+    except the LM head) or module names. layers: numbers of the decoder layers that get one, None for all; needs module
+    names. seed: of the initial A; adapter names enter the seed, so the two differ."""
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    layers: tuple[int, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +58,10 @@ class AdapterConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter dropout must be in [0, 1), got {self.dropout}")
+        if self.layers is not None and isinstance(self.target_modules, str):
+            raise UserError(f"adapter.layers needs target_modules by name, not {self.target_modules!r}")
+        if self.layers is not None and not self.layers:
+            raise UserError("adapter.layers is empty: name a layer, or leave it out for all of them")
 
 
 def add_adapters(
@@ -200,6 +206,7 @@ def _lora_config(config: AdapterConfig, target_modules: str | tuple[str, ...]) -
         lora_dropout=config.dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         bias="none",
+        layers_to_transform=None if config.layers is None else list(config.layers),
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from ..atomic import write_atomically
 from ..config import RunConfig, convert, from_dict, save_resolved, to_dict
 from ..errors import UserError
 from ..models.adapters import AdapterConfig
+from ..tasks.resolve import resolve_template
 from ..tasks.sources import TaskSpec, load_problems
-from ..tasks.templates import Template, template_named
 from ..tasks.verifiers import Verifier, make_verifier
 from .checkpoint import latest_checkpoint, truncate_metrics
 from .config import TraceConfig
@@ -110,17 +109,6 @@ def adapter_config(config: RunConfig) -> AdapterConfig | None:
             )
         return None
     return from_dict(AdapterConfig, {"seed": config.seed, **section}, "adapter")
-
-
-def resolve_template(template: str | dict[str, Any]) -> Template:
-    """A built-in name, or a section with the fields of Template; `base` names the built-in it starts from."""
-    if isinstance(template, str):
-        return template_named(template)
-    section = dict(template)
-    base = template_named(section.pop("base", "steps"))
-    own = from_dict(Template, {"name": base.name, "prior": base.prior, "posterior": base.posterior, "cue": base.cue,
-                               **section}, "template")  # fmt: skip
-    return replace(base, **{key: getattr(own, key) for key in section})
 
 
 def resolve_verifier(name: str, spec: TaskSpec) -> Verifier:
