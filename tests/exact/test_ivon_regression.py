@@ -34,7 +34,7 @@ def fit(dtype: torch.dtype, mc_samples: int) -> tuple[Tensor, Tensor, Tensor, Te
         if step > 1500 * mc_samples:
             state = optimizer.state[theta]
             means.append(state["mean"].mean(0))
-            precisions.append(N * (state["hess"].mean(0) + DELTA))
+            precisions.append(N * state["precision"].mean(0))
     m = torch.linalg.solve(a + DELTA * torch.eye(D), b)
     sigma = (N * (a.diagonal() + DELTA)).rsqrt()
     return torch.stack(means).mean(0), torch.stack(precisions).mean(0).rsqrt(), m, sigma

@@ -25,7 +25,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, overload
@@ -35,44 +34,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..errors import UserError
-from .noise import (
-    REQUESTED,
-    TRAINING,
-    Block,
-    Draw,
-    Piece,
-    cut_into_blocks,
-    for_each_block,
-    round_stochastically,
-)
-from .shards import check_index, global_start, local, size_of_whole
+from .ivon_update import Part, for_each_part, take_in, write_draw
+from .noise import REQUESTED, TRAINING, Draw
+from .shards import check_index, local
 
 HESSIANS = ("price", "gradsq")
-SHARED = ("mc_samples", "hess_approx", "seed", "updates", "draw")
+SHARED = ("mc_samples", "hold", "hess_approx", "seed", "updates", "draw")
 """Settings that every group has in common; the last two count, and are saved with the groups."""
-_FLOOR = -(1 - 2.0**-20)  # of h, in units of delta: fp32 cannot hold h + delta closer to 0 beside delta
-
-
-@dataclass
-class _Flat:
-    """One parameter's tensors, local and one-dimensional. `value` may be a copy: `write_back` puts it in its place."""
-
-    parameter: Tensor
-    state: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        own = local(self.parameter.detach())
-        self._place = own
-        self.value = own.contiguous().view(-1)
-        self.mean, self.hess, self.momentum = (
-            local(self.state[k]).view(-1) for k in ("mean", "hess", "momentum")
-        )
-        gradient = self.parameter.grad
-        self.gradient = None if gradient is None else local(gradient.detach()).reshape(-1)
-
-    def write_back(self) -> None:
-        if self.value.data_ptr() != self._place.data_ptr():
-            self._place.copy_(self.value.view(self._place.shape))
 
 
 class IVON(torch.optim.Optimizer):
@@ -103,6 +71,9 @@ class IVON(torch.optim.Optimizer):
     mc_samples    K: `step()` draws anew each time, and updates the K-th time; draws without a gradient count as zero
     hess_approx   "price" or "gradsq"; the latter is no Hessian, it is biased unless batches are single examples
     seed          of all noise
+    hold          H: eps stays for H steps, while m and sigma move on: for the steps of a window of samples that were
+                  drawn at that eps. From the second of them on m depends on eps, which biases f by the order of what m
+                  moves in a window
     horizon       T, the number of updates planned; only to warn when beta2^T > 1/2
     data_size     N; only for diagnostics
 
@@ -110,7 +81,8 @@ class IVON(torch.optim.Optimizer):
     global index of its first element, where the parameters are slices of a whole that other processes hold the rest
     of; by default groups follow one another. DTensors sharded along their first dimension know their place.
 
-    State is fp32 whatever the parameters are: mean, hess, momentum (12 bytes each weight), 8 more for mc_samples > 1. A
+    State is fp32 whatever the parameters are: mean, momentum and precision h + delta (12 bytes each weight), 8 more for
+    mc_samples > 1. A
     bf16 parameter gets its draw by stochastic rounding: rounding to nearest would swallow a small sigma.
 
     When not to use it: without a loss that is a mean of log-likelihoods (q then has no meaning as a posterior); with
@@ -131,6 +103,7 @@ class IVON(torch.optim.Optimizer):
         mc_samples: int = 1,
         hess_approx: str = "price",
         seed: int = 0,
+        hold: int = 1,
         horizon: int | None = None,
         data_size: int | None = None,
     ) -> None:
@@ -141,7 +114,7 @@ class IVON(torch.optim.Optimizer):
         defaults = dict(
             lr=lr, ess=ess, hess_init=hess_init, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
             clip_radius=clip_radius, rescale_lr=rescale_lr, mc_samples=mc_samples, hess_approx=hess_approx,
-            seed=seed, updates=0, draw=0,
+            seed=seed, hold=hold, updates=0, draw=0,
         )  # fmt: skip
         _check_settings(defaults)
         self._views: list[
@@ -160,6 +133,8 @@ class IVON(torch.optim.Optimizer):
         self.__dict__.setdefault("_views", [])
         self.__dict__.setdefault("horizon", None)
         self.__dict__.setdefault("data_size", None)
+        for group in self.param_groups:
+            group.setdefault("hold", 1)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -236,11 +211,11 @@ class IVON(torch.optim.Optimizer):
             for p in group["params"]:
                 _count(p, self.state[p], group["mc_samples"], last)
 
-            def update(batch: _Batch, group: dict[str, Any] = group) -> None:
-                _take_in(batch, group, last)
-                _write_draw(batch, group, following)
+            def update(part: Part, group: dict[str, Any] = group) -> None:
+                take_in(part, group, last)
+                write_draw(part, group, following)
 
-            _for_each_batch(group, self.state, now, following, update)
+            for_each_part(group, self.state, now, following, update)
             if last:
                 for p in group["params"]:
                     self.state[p].pop("seen", None)
@@ -292,8 +267,11 @@ class IVON(torch.optim.Optimizer):
         self.put_draw_in_place()
 
     def _training_draw(self) -> Draw:
+        """Named by the counters of the step at which its eps came into use."""
         group = self.param_groups[0]
-        return Draw(group["seed"], TRAINING, group["updates"], group["draw"])
+        steps = group["updates"] * group["mc_samples"] + group["draw"]
+        began = divmod(steps - steps % group["hold"], group["mc_samples"])
+        return Draw(group["seed"], TRAINING, *began)
 
     @torch.no_grad()
     def _put_in_place(self, groups: list[dict[str, Any]], view: Draw | None) -> None:
@@ -302,7 +280,7 @@ class IVON(torch.optim.Optimizer):
                 for p in group["params"]:
                     local(p.detach()).copy_(local(self.state[p]["mean"]))
                 continue
-            _for_each_batch(group, self.state, None, view, partial(_write_draw, group=group, draw=view))
+            for_each_part(group, self.state, None, view, partial(write_draw, group=group, draw=view))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -325,194 +303,12 @@ class IVON(torch.optim.Optimizer):
         self.put_draw_in_place()
 
 
-# --------------------------------------------------------------------------------------- block by block, all in place
-
-
-@dataclass
-class _Batch:
-    """Pieces of tensors on one device whose parameters have one dtype: the block they lie in, their noise, their views.
-    `sigma_eps` (only where the parameter is coarser than fp32): the perturbation the gradient was taken at."""
-
-    block: int
-    stop: int
-    pieces: list[Piece]
-    owners: list[_Flat]
-    normals: list[Tensor]
-    old_normals: list[Tensor] | None
-
-    def cut(self, tensors: str) -> list[Tensor]:
-        return [
-            getattr(owner, tensors)[p.lo : p.hi] for owner, p in zip(self.owners, self.pieces, strict=True)
-        ]
-
-    def kept(self, name: str) -> list[Tensor]:
-        """Of the running sums over mc_samples."""
-        return [
-            local(owner.state[name]).view(-1)[p.lo : p.hi]
-            for owner, p in zip(self.owners, self.pieces, strict=True)
-        ]
-
-    def only(self, wanted: Callable[[_Flat], bool]) -> _Batch:
-        keep = [k for k, owner in enumerate(self.owners) if wanted(owner)]
-        return _Batch(
-            self.block, self.stop, [self.pieces[k] for k in keep], [self.owners[k] for k in keep],
-            [self.normals[k] for k in keep],
-            None if self.old_normals is None else [self.old_normals[k] for k in keep],
-        )  # fmt: skip
-
-
-def _for_each_batch(
-    group: dict[str, Any],
-    state: Mapping[Tensor, dict[str, Any]],
-    now: Draw | None,
-    draw: Draw,
-    work: Callable[[_Batch], None],
-) -> None:
-    """The group's weights block by block, so that what is worked on stays in the cache and temporaries are one block
-    large. `now`: the draw the gradients were taken at, if they are looked at."""
-    starts = _starts(group)
-    kinds = dict.fromkeys((local(p).device, p.dtype) for p in group["params"])
-    for device, dtype in kinds:
-        chosen = [n for n, p in enumerate(group["params"]) if (local(p).device, p.dtype) == (device, dtype)]
-        flats = [_Flat(group["params"][n], state[group["params"][n]]) for n in chosen]
-        blocks = cut_into_blocks(
-            [(starts[n], flat.value.numel()) for n, flat in zip(chosen, flats, strict=True)]
-        )
-        again = now if dtype != torch.float32 else None
-
-        def batch_of(
-            block: Block,
-            flats: list[_Flat] = flats,
-            device: torch.device = device,
-            again: Draw | None = again,
-        ) -> None:
-            def noise(draw: Draw) -> list[Tensor]:
-                normals = draw.normal(block.number, block.stop, device)
-                return [normals[p.offset : p.offset + p.hi - p.lo] for p in block.pieces]
-
-            owners = [flats[p.tensor] for p in block.pieces]
-            old = None if again is None else noise(again)
-            work(_Batch(block.number, block.stop, list(block.pieces), owners, noise(draw), old))
-
-        for_each_block(blocks, device, batch_of)
-        for flat in flats:
-            flat.write_back()
-
-
-def _starts(group: dict[str, Any]) -> list[int]:
-    """Global index of the first local element of each parameter."""
-    starts, at = [], group["start"]
-    for p in group["params"]:
-        starts.append(at + global_start(p))
-        at += size_of_whole(p)
-    return starts
-
-
 def _count(p: Tensor, state: dict[str, Any], mc_samples: int, last: bool) -> None:
     """Note which parameters had a gradient at any draw of this update; those count an update."""
     if mc_samples > 1 and p.grad is not None:
         state["seen"] = True
     if last and (p.grad is not None or state.get("seen", False)):
         state["step"] += 1
-
-
-def _take_in(batch: _Batch, group: dict[str, Any], last: bool) -> None:
-    """Gradients into the running sums, or into q if this is the last draw of an update."""
-    samples = group["mc_samples"]
-    with_gradient = batch.only(lambda flat: flat.gradient is not None)
-    if samples == 1:
-        if with_gradient.pieces:
-            gradient, curvature = _estimates(with_gradient, group)
-            _update(with_gradient, group, gradient, curvature)
-        return
-    if with_gradient.pieces:
-        gradient, curvature = _estimates(with_gradient, group)
-        torch._foreach_add_(with_gradient.kept("grad_sum"), gradient, alpha=1 / samples)
-        torch._foreach_add_(with_gradient.kept("curvature_sum"), curvature, alpha=1 / samples)
-    seen = batch.only(lambda flat: flat.state.get("seen", False))
-    if last and seen.pieces:
-        gradient, curvature = seen.kept("grad_sum"), seen.kept("curvature_sum")
-        _update(seen, group, gradient, [c.clone() for c in curvature])
-        torch._foreach_zero_(gradient)
-        torch._foreach_zero_(curvature)
-
-
-def _estimates(batch: _Batch, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """g, and a fresh n g ("price") or g^2 ("gradsq")."""
-    gradient = [g if g.dtype == torch.float32 else g.float() for g in batch.cut("gradient")]
-    if group["hess_approx"] == "gradsq":
-        curvature = [g.clone() for g in gradient]
-    elif batch.old_normals is None:
-        curvature = list(torch._foreach_sub(batch.cut("value"), batch.cut("mean")))
-    else:  # the weights carry rounding noise too; sigma eps alone gives an unbiased estimate
-        curvature = _root(batch, group)
-        torch._foreach_mul_(curvature, batch.old_normals)
-        torch._foreach_mul_(curvature, group["ess"] ** -0.5)
-    torch._foreach_mul_(curvature, gradient)
-    return gradient, curvature
-
-
-def _update(batch: _Batch, group: dict[str, Any], gradient: list[Tensor], curvature: list[Tensor]) -> None:
-    """mu, h, m from the means of g and of n g (or g^2). Overwrites `curvature`.
-
-    With w = (1 - beta2) (f - h) the step of h is w + w^2 / (2 (h + delta)).
-    """
-    hess, mean, momentum = batch.cut("hess"), batch.cut("mean"), batch.cut("momentum")
-    delta, rate = float(group["weight_decay"]), 1 - group["beta2"]
-    total = list(torch._foreach_add(hess, delta))
-    if group["hess_approx"] == "price":
-        torch._foreach_mul_(curvature, total)
-    torch._foreach_mul_(curvature, rate * group["ess"])
-    torch._foreach_add_(curvature, hess, alpha=-rate)
-    torch._foreach_add_(hess, curvature)
-    torch._foreach_mul_(curvature, curvature)
-    torch._foreach_addcdiv_(hess, curvature, total, value=0.5)
-    if delta:
-        torch._foreach_clamp_min_(hess, _FLOOR * delta)
-
-    torch._foreach_lerp_(momentum, gradient, 1 - group["beta1"])
-    debias = [1 - group["beta1"] ** float(owner.state["step"]) for owner in batch.owners]
-    move = list(torch._foreach_div(momentum, debias))
-    if delta:
-        torch._foreach_add_(move, mean, alpha=delta)
-        torch._foreach_copy_(total, hess)
-        torch._foreach_add_(total, delta)
-    torch._foreach_div_(move, total if delta else hess)
-    radius = float(group["clip_radius"])
-    if radius != math.inf:
-        torch._foreach_clamp_min_(move, -radius)
-        torch._foreach_clamp_max_(move, radius)
-    kappa = group["hess_init"] + delta if group["rescale_lr"] else 1.0
-    torch._foreach_add_(mean, move, alpha=-float(group["lr"]) * kappa)
-
-
-def _root(batch: _Batch, group: dict[str, Any]) -> list[Tensor]:
-    """sigma sqrt(lambda)."""
-    root = list(torch._foreach_add(batch.cut("hess"), float(group["weight_decay"])))
-    torch._foreach_rsqrt_(root)
-    return root
-
-
-def _write_draw(batch: _Batch, group: dict[str, Any], draw: Draw) -> None:
-    """value = m + sigma eps."""
-    value, mean, root, scale = (
-        batch.cut("value"),
-        batch.cut("mean"),
-        _root(batch, group),
-        group["ess"] ** -0.5,
-    )
-    if value[0].dtype == torch.float32:
-        torch._foreach_copy_(value, mean)
-        torch._foreach_addcmul_(value, root, batch.normals, value=scale)
-        return
-    sample = list(torch._foreach_addcmul(mean, root, batch.normals, value=scale))
-    if value[0].dtype == torch.bfloat16:
-        bits = draw.bits(batch.block, batch.stop, value[0].device)
-        sample = [
-            round_stochastically(s, bits[p.offset : p.offset + p.hi - p.lo])
-            for s, p in zip(sample, batch.pieces, strict=True)
-        ]
-    torch._foreach_copy_(value, sample)
 
 
 # ------------------------------------------------------------------------------------------------ settings and state
@@ -522,8 +318,13 @@ def _new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     def zeros() -> Tensor:
         return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    state: dict[str, Any] = {"step": torch.tensor(0.0), "momentum": zeros(), "hess": zeros(), "mean": zeros()}
-    local(state["hess"]).fill_(group["hess_init"])
+    state: dict[str, Any] = {
+        "step": torch.tensor(0.0),
+        "momentum": zeros(),
+        "precision": zeros(),
+        "mean": zeros(),
+    }
+    local(state["precision"]).fill_(group["hess_init"] + group["weight_decay"])
     local(state["mean"]).copy_(local(p.detach()))
     if group["mc_samples"] > 1:
         state |= {"grad_sum": zeros(), "curvature_sum": zeros()}
@@ -541,6 +342,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         "weight_decay": (lambda x: 0 <= x < math.inf, ">= 0"),
         "clip_radius": (lambda x: x > 0, "> 0; inf turns clipping off"),
         "mc_samples": (lambda x: x >= 1 and int(x) == x, "a whole number >= 1"),
+        "hold": (lambda x: x >= 1 and int(x) == x, "a whole number of steps >= 1"),
         "seed": (lambda x: x >= 0 and int(x) == x, "a whole number >= 0"),
     }
     for name, (holds, wanted) in ranges.items():
@@ -566,6 +368,10 @@ def _check_saved(state_dict: Mapping[str, Any], saved: list[int], ours: list[Ten
         mean = state_dict["state"].get(index, {}).get("mean")
         if mean is None:
             raise UserError(f"IVON: the saved state has no mean of parameter {n}")
+        if "precision" not in state_dict["state"][index]:
+            raise UserError(
+                f"IVON: the saved state has no precision of parameter {n}: an older version wrote it"
+            )
         if mean.shape != p.shape:
             raise UserError(
                 f"IVON: parameter {n} has shape {tuple(p.shape)}, the saved state {tuple(mean.shape)}"

@@ -57,7 +57,7 @@ def diagnose(optimizer: IVON, group: int = 0) -> Diagnostics:
         return torch.cat([local(state[name]).reshape(-1)[::stride].cpu() for state in states])
 
     delta = settings["weight_decay"]
-    mean, total = all_of("mean"), all_of("hess") + delta
+    mean, total = all_of("mean"), all_of("precision")
     sigma = (settings["ess"] * total).rsqrt()
     updates = int(settings["updates"])
     return Diagnostics(

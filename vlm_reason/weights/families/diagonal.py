@@ -84,7 +84,7 @@ class DiagonalGaussian(Posterior):
                     )
                 key, state = key_of[id(p)], optimizer.state[p]
                 mean[key] = whole(state["mean"])
-                sigma[key] = (group["ess"] * (whole(state["hess"]) + group["weight_decay"])).rsqrt()
+                sigma[key] = (group["ess"] * whole(state["precision"])).rsqrt()
                 prior[key] = group["ess"] * group["weight_decay"]
         first = optimizer.param_groups[0]
         origin = Origin(
