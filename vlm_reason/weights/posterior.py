@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .examples import Batch, Example
     from .ivon import IVON
     from .likelihoods import Likelihood
+    from .loo import LeaveOneOut
     from .predictive import Predictive
 
 
@@ -207,6 +208,51 @@ class Posterior(ABC):
             at_least=at_least, with_mean=with_mean, keep_logits=keep_logits, adapter=adapter, tokens=tokens,
             memory=memory,
         )  # fmt: skip
+
+    def loo(
+        self,
+        model: PeftModel,
+        data: Sequence[Example],
+        likelihood: Likelihood,
+        n: int = 32,
+        mode: str = "auto",
+        *,
+        newton: bool = False,
+        seed: int = 0,
+        adapter: str = "default",
+    ) -> LeaveOneOut:
+        """Loss on new examples, estimated from the training examples `data` alone; see loo.py."""
+        from .loo import loo
+
+        return loo(self, model, data, likelihood, n, mode, newton=newton, seed=seed, adapter=adapter)
+
+    def sensitivity(
+        self,
+        model: PeftModel,
+        data: Sequence[Example],
+        likelihood: Likelihood,
+        n: int = 32,
+        mode: str = "auto",
+        *,
+        seed: int = 0,
+        adapter: str = "default",
+    ) -> dict[str, float]:
+        """Id of each training example -> how much leaving it out changes what is said of it, the largest first: the
+        wrongly labelled, the unusual. See loo.py."""
+        found = self.loo(model, data, likelihood, n, mode, seed=seed, adapter=adapter)
+        by_id = dict(zip(found.ids, found.sensitivity.tolist(), strict=True))
+        return {name: by_id[name] for name in found.ranking()}
+
+    def merge(
+        self,
+        others: Sequence[Posterior],
+        base: Posterior | None = None,
+        alphas: Sequence[float] | None = None,
+    ) -> Posterior:
+        """One posterior for the tasks of this one and `others`; see merging.py, which also merges other gauges."""
+        from .merging import merge
+
+        return merge([self, *others], base, alphas)[0]
 
     def _lacks(self, what: str) -> NoReturn:
         raise UserError(f"a posterior of family {self.family!r} has no {what}")
