@@ -24,9 +24,9 @@ def held_out_nll(posterior: Posterior, job: Job, draws: int = 10) -> float | Non
 
 def outputs_of_draws(posterior: Posterior, job: Job, examples: Sequence[Example], draws: int) -> Tensor:
     """f [S, B, C], fp64, of `draws` draws seeded by job.seed (one pass where nothing is uncertain)."""
-    kept = {"keep_logits": True, "seed": job.seed, "adapter": job.adapter}
     mode = "auto" if posterior.uncertain() else "mean"
-    result = posterior.predictive(job.model, examples, job.likelihood, draws, mode, **kept)
+    result = posterior.predictive(job.model, examples, job.likelihood, draws, mode, keep_logits=True, seed=job.seed,
+                                  adapter=job.adapter)  # fmt: skip
     assert result.logits is not None
     return result.logits.double().cpu()
 

@@ -160,6 +160,26 @@ def _choose(job: Job, parameters: Sequence[nn.Parameter] | None) -> list[nn.Para
     return chosen
 
 
+def join_processes() -> torch.device:
+    """Meet the other processes of a launcher, if one started this one; the device this one trains on."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _one_device(TrainingArguments(output_dir=folder, use_cpu=_no_accelerator(), report_to=[]))
+
+
+def _no_accelerator() -> bool:
+    return not torch.accelerator.is_available()
+
+
+def _one_device(args: TrainingArguments) -> torch.device:
+    device = args.device
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process trains on one GPU, and {args.n_gpu} are visible: start one process a GPU with accelerate "
+            "launch, or set CUDA_VISIBLE_DEVICES"
+        )
+    return device
+
+
 def _arguments(job: Job, folder: Path, steps: int) -> TrainingArguments:
     t = job.training
     args = TrainingArguments(
@@ -167,14 +187,9 @@ def _arguments(job: Job, folder: Path, steps: int) -> TrainingArguments:
         learning_rate=t.learning_rate, lr_scheduler_type=t.schedule, warmup_steps=round(t.warmup_share * steps),
         max_grad_norm=t.max_grad_norm, logging_steps=1, save_steps=t.save_steps, report_to=[],
         save_strategy="no" if job.output_dir is None else "steps", remove_unused_columns=False,
-        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, logging_nan_inf_filter=False,
+        use_cpu=_no_accelerator(), disable_tqdm=True, logging_nan_inf_filter=False,
     )  # fmt: skip
-    _ = args.device  # joins the processes of a launcher
-    if args.n_gpu > 1:
-        raise UserError(
-            f"one process trains on one GPU, and {args.n_gpu} are visible: start one process a GPU with accelerate "
-            "launch, or set CUDA_VISIBLE_DEVICES"
-        )
+    _one_device(args)
     return args
 
 
@@ -297,7 +312,7 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers does it, into a folder that gets its name when it is whole; older ones then go."""
-        with saved_atomically(Path(self.args.output_dir), self.state.global_step) as staging:
+        with saved_atomically(Path(self.args.output_dir or ""), self.state.global_step) as staging:
             self._saving_to = staging
             try:
                 super()._save_checkpoint(model, trial)
@@ -305,7 +320,9 @@ class _Trainer(Trainer):
                 self._saving_to = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        Checkpoint.write(Path(output_dir or self.args.output_dir), self.chosen, self.stateful, self.identity)
+        Checkpoint.write(
+            Path(output_dir or self.args.output_dir or ""), self.chosen, self.stateful, self.identity
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         Checkpoint(Path(resume_from_checkpoint)).load(self.chosen, self.stateful)

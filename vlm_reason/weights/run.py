@@ -1,0 +1,185 @@
+"""One run from a BayesConfig: fit a posterior, save it, predict with it.
+
+output_dir/config.yaml          what was run, resolved
+output_dir/checkpoints/         of the training in hand, complete ones only; gone when the run is finished
+output_dir/fit.json             what the method reports
+output_dir/posterior/           the result: a stock PEFT adapter that holds the mean, and the posterior beside it
+output_dir/predictions.jsonl    a row a problem of eval_task
+output_dir/summary.json         written last: its presence means the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+
+from ..atomic import write_atomically
+from ..config import save_resolved, to_dict
+from ..engines.make import note
+from ..engines.processes import rank, together
+from ..errors import UserError
+from ..models.adapters import add_adapters
+from ..models.load import load_model
+from ..tasks.prompts import PromptBuilder
+from ..tasks.resolve import resolve_template
+from .config import BayesConfig
+from .data import Data, load_data
+from .examples import make_batch
+from .job import FitReport, Job
+from .posterior import Posterior
+from .start import load_start
+from .training import join_processes
+
+SUMMARY, CONFIG, FIT = "summary.json", "config.yaml", "fit.json"
+POSTERIOR, PREDICTIONS, CHECKPOINTS = "posterior", "predictions.jsonl", "checkpoints"
+
+Rows = list[dict[str, Any]]
+Measure = Callable[[Rows], dict[str, Any]]
+"""Metrics of the rows of predictions.jsonl."""
+
+
+def run_bayes(
+    config: BayesConfig, show_progress: bool = True, measure: Measure | None = None
+) -> dict[str, Any]:
+    """Fit and predict as `config` says and return the summary. Started again with the same config it goes on from the
+    last complete checkpoint, and returns at once when the run is finished. Of several processes all train, rank 0
+    predicts, writes and has the summary. measure: what becomes `metrics` of the summary, of the predictions' rows.
+
+    UserError when output_dir holds a run of another config: nothing there is touched.
+    """
+    output = Path(config.output_dir)
+    _same_run_or_none(config, output)
+    done = output / SUMMARY
+    if done.is_file():
+        return {**json.loads(done.read_text()), "already_finished": True}
+    started = time.perf_counter()
+    job, data = make_job(config, show_progress)
+    main = rank() == 0
+    if main:
+        save_resolved(config, output)
+    posterior, report = _fitted(config, job, output)
+    if not main:
+        return {"output_dir": str(output), "rank": rank()}
+    rows = _predicted(config, job, data, posterior, output) if data.test else []
+    summary = {
+        "output_dir": str(output),
+        "method": config.method,
+        "family": posterior.family,
+        "examples": len(data.train),
+        "metrics": measure(rows) if rows and measure is not None else {},
+        "report": report,
+        "seconds": time.perf_counter() - started,
+    }
+    write_atomically(done, json.dumps(finite(summary), indent=2) + "\n")
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    return finite(summary)
+
+
+def make_job(config: BayesConfig, show_progress: bool = True) -> tuple[Job, Data]:
+    """What `config` describes, not yet started: whatever is wrong with a config is found here."""
+    if config.start is not None and config.adapter:
+        raise UserError("the adapter of `start` is what is fitted: drop the section 'adapter'")
+    config.method_settings(), config.prediction_settings()
+    training, adapter = config.training_settings(), config.adapter_settings()
+    template = resolve_template(config.template)
+    start = None if config.start is None else load_start(config.start)
+    device = join_processes()
+    model, tokenizer = load_model(config.model, cast(Any, config.dtype), device)
+    builder = PromptBuilder(tokenizer, template, config.shots)
+    data = load_data(config, builder, note if rank() == 0 else lambda text: None)
+    wrapped = add_adapters(model, adapter, ["default"]) if start is None else start.attach(model)
+    output = Path(config.output_dir)
+    job = Job(
+        wrapped.eval(), data.train, data.likelihood, training, data.held_out, start, config.seed,
+        output_dir=output / CHECKPOINTS, show_progress=show_progress,
+    )  # fmt: skip
+    return job, data
+
+
+def _fitted(config: BayesConfig, job: Job, output: Path) -> tuple[Posterior, dict[str, Any]]:
+    """The posterior as it is on disk, so that a run that is resumed behind the fit predicts the same numbers."""
+    folder = output / POSTERIOR
+    if not together(folder.is_dir)[0]:
+        posterior, report = config.method_settings().fit(job)
+
+        def write() -> None:
+            if rank() == 0:
+                write_atomically(output / FIT, json.dumps(finite(_plain(report)), indent=2) + "\n")
+                posterior.save(folder)
+
+        together(write)
+    return Posterior.load(folder), json.loads((output / FIT).read_text())
+
+
+def _plain(report: FitReport) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(json.dumps(to_dict(asdict(report)))))
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, output: Path) -> Rows:
+    p = config.prediction_settings()
+    mode = p.mode if p.mode != "auto" or posterior.uncertain() else "mean"
+    result = posterior.predictive(
+        job.model, data.test, job.likelihood, p.n, mode, seed=config.seed, antithetic=p.antithetic,
+        keep_logits=not data.labels, tokens=p.tokens, adapter=job.adapter,
+    )  # fmt: skip
+    rows: Rows = []
+    if data.labels:
+        for n, example in enumerate(data.test):
+            rows.append({
+                "id": example.id,
+                "label": int(example.target),
+                "probs": result.probs[n].tolist(),
+                "total_entropy": float(result.total_entropy[n]),
+                "expected_entropy": float(result.expected_entropy[n]),
+                "mutual_information": float(result.mutual_information[n]),
+            })  # fmt: skip
+    else:
+        assert result.logits is not None
+        logp = job.likelihood.log_prob(result.logits.double().cpu(), make_batch(data.test))
+        mixed = torch.logsumexp(logp, 0) - math.log(len(logp))
+        for n, example in enumerate(data.test):
+            tokens = len(example.ids) - int(example.target)
+            rows.append({"id": example.id, "logp": float(mixed[n]), "tokens": tokens})
+    write_atomically(output / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def _same_run_or_none(config: BayesConfig, output: Path) -> None:
+    written = output / CONFIG
+    if not written.is_file():
+        if (output / SUMMARY).exists() or (output / POSTERIOR).exists():
+            raise UserError(f"{output} holds a run without its {CONFIG}: choose another output_dir")
+        return
+    before = json.loads(json.dumps(yaml.safe_load(written.read_text())))
+    now = json.loads(json.dumps(to_dict(config)))
+    different = sorted(key for key in now if before.get(key) != now[key])
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{output} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: "
+            "choose another output_dir, or delete that folder to start over"
+        )
+
+
+def finite(value: Any) -> Any:
+    """With null for numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
