@@ -2,12 +2,16 @@
 
 from ..posterior import Posterior
 from .diagonal import DiagonalGaussian
+from .last_layer import LastLayer
+from .low_rank_plus_diagonal import LowRankPlusDiagonal
 from .masks import Masks
 from .mixture import Mixture
 from .particles import Particles
 
 FAMILIES: dict[str, type[Posterior]] = {
     DiagonalGaussian.family: DiagonalGaussian,
+    LastLayer.family: LastLayer,
+    LowRankPlusDiagonal.family: LowRankPlusDiagonal,
     Masks.family: Masks,
     Mixture.family: Mixture,
     Particles.family: Particles,

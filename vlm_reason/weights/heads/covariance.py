@@ -102,7 +102,7 @@ class Diagonal(Covariance):
         return Diagonal(self.diagonal() * factor)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"variance": self.diagonal().detach()}
+        return {"log_variance": self.log_variance.detach()}
 
 
 class LowRank(Covariance):
@@ -147,7 +147,7 @@ class LowRank(Covariance):
         return LowRank(self.log_variance.exp() * factor, self.factor * factor**0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"variance": self.log_variance.exp().detach(), "lowrank": self.factor.detach()}
+        return {"log_variance": self.log_variance.detach(), "lowrank": self.factor.detach()}
 
 
 class Full(Covariance):
@@ -190,18 +190,28 @@ class Full(Covariance):
         return Full(self.cholesky() * factor**0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"cholesky": self.cholesky().detach()}
+        return {"log_cholesky": (self.below.tril(-1) + torch.diag_embed(self.log_diagonal)).detach()}
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Covariance:
-    """UserError where the tensors are those of no structure."""
-    if tensors.keys() == {"variance"}:
-        return Diagonal(tensors["variance"])
-    if tensors.keys() == {"variance", "lowrank"}:
-        return LowRank(tensors["variance"], tensors["lowrank"])
-    if tensors.keys() == {"cholesky"}:
-        return Full(tensors["cholesky"])
-    raise UserError(f"no covariance has the tensors {', '.join(sorted(tensors)) or 'none'}")
+    """What `tensors` gave, to the last bit; log_cholesky has logarithms on its diagonal alone. UserError where they
+    are those of no structure."""
+    made: Covariance
+    if tensors.keys() == {"log_variance"}:
+        made = Diagonal(torch.ones_like(tensors["log_variance"]))
+    elif tensors.keys() == {"log_variance", "lowrank"}:
+        made = LowRank(torch.ones_like(tensors["log_variance"]), tensors["lowrank"])
+    elif tensors.keys() == {"log_cholesky"}:
+        made = Full(torch.eye(tensors["log_cholesky"].shape[-1]).expand_as(tensors["log_cholesky"]))
+    else:
+        raise UserError(f"no covariance has the tensors {', '.join(sorted(tensors)) or 'none'}")
+    with torch.no_grad():
+        if isinstance(made, Full):
+            made.log_diagonal.copy_(tensors["log_cholesky"].diagonal(dim1=-2, dim2=-1))
+            made.below.copy_(tensors["log_cholesky"].tril(-1))
+        elif isinstance(made, Diagonal | LowRank):
+            made.log_variance.copy_(tensors["log_variance"])
+    return made
 
 
 def from_precision(structure: str, precision: Tensor, rank: int) -> Covariance:

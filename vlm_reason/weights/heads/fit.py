@@ -41,6 +41,11 @@ class Data:
     def __len__(self) -> int:
         return len(self.phi)
 
+    def double(self) -> Data:
+        guess = None if self.guess is None else self.guess.double()
+        target = self.target.double() if self.target.is_floating_point() else self.target
+        return Data(self.phi.double(), self.offset.double(), target, guess)
+
     def rows(self, index: Tensor) -> Data:
         return Data(self.phi[index], self.offset[index], self.target[index])
 
@@ -85,10 +90,13 @@ class Fitted:
 
 
 def fit_head(task: Task, data: Data, settings: HeadSettings, seed: int = 0) -> tuple[Head, Fitted]:
-    """The head in data.phi's dtype, on its device. UserError for no data, NaN in it, or shapes that do not agree."""
+    """The head in data.phi's dtype (closed forms are in fp64), on its device.
+
+    UserError for no data, NaN in it, or shapes that do not agree.
+    """
     check_data(task, data)
     began = time.perf_counter()
-    head = start(task, data, settings)
+    head = start(task, data.double(), settings).to(data.phi.dtype)
     before = elbo_of(task, head, data, settings.learn_prior, seed)
     exact = task.kind == "regression" and settings.covariance != "low_rank" and not settings.shared
     steps = 0 if exact else settings.steps

@@ -18,7 +18,9 @@ from .reward import expected_log_sigmoid
 
 class Task(Protocol):
     kind: ClassVar[str]
-    outputs: int
+
+    @property
+    def outputs(self) -> int: ...
 
     def expected_log_prob(
         self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, generator: torch.Generator | None

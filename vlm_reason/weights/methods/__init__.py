@@ -1,24 +1,34 @@
 """How posteriors are fitted: one file a method."""
 
 from ..job import Method
+from .batch_ensemble import BatchEnsemble
 from .blob import BLoB
 from .concrete_dropout import ConcreteDropout
 from .dropout import Dropout
 from .ensemble import Ensemble
+from .entropy_mcmc import EntropyMCMC
 from .ivon import IVON
+from .langevin import Langevin
 from .map import MAP
 from .rank_masks import RankMasks
+from .swag import SWAG
 from .temperature import Temperature
+from .vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
+    "batch_ensemble": BatchEnsemble,
     "blob": BLoB,
     "concrete_dropout": ConcreteDropout,
     "dropout": Dropout,
     "ensemble": Ensemble,
+    "entropy_mcmc": EntropyMCMC,
     "ivon": IVON,
+    "langevin": Langevin,
     "map": MAP,
     "rank_masks": RankMasks,
+    "swag": SWAG,
     "temperature": Temperature,
+    "vbll": VBLL,
 }
 """Name -> settings class with `fit(job)`."""
 
