@@ -1,5 +1,5 @@
 """An ensemble for little more than one adapter: members share A and B and differ by rank-1 factors (BatchEnsemble, Wen
-et al. 2020, arXiv 2002.06715), here of a LoRA. (LoRA-Ensemble, Halbheer et al. 2024, arXiv 2405.14438, keeps whole adapters.)
+et al. 2020, arXiv 2002.06715), here of a LoRA. (LoRA-Ensemble, arXiv 2405.14438, has a whole adapter a member.)
 
     W_i x = W x + s r_i * (B A (s_i * x)),      so member i is a LoRA with A_i = A diag(s_i), B_i = diag(r_i) B
 

@@ -41,9 +41,7 @@ class EntropyMCMC:
     exploration: float = 0.8
 
     def __post_init__(self) -> None:
-        check_chain(
-            "entropy_mcmc", self.learning_rate, self.temperature, self.prior_precision, self.particles
-        )
+        check_chain("entropy_mcmc", rate, self.temperature, self.prior_precision, self.particles)
         samplers.CyclicalSchedule(1.0, 1.0, max(1, self.cycles), self.cycles, self.exploration)
         if not self.eta > 0:
             raise UserError(f"entropy_mcmc: eta must be > 0, got {self.eta}")
