@@ -41,6 +41,7 @@ class EntropyMCMC:
     exploration: float = 0.8
 
     def __post_init__(self) -> None:
+        rate = 0.1 if self.learning_rate is None else self.learning_rate
         check_chain("entropy_mcmc", rate, self.temperature, self.prior_precision, self.particles)
         samplers.CyclicalSchedule(1.0, 1.0, max(1, self.cycles), self.cycles, self.exploration)
         if not self.eta > 0:
@@ -57,7 +58,7 @@ class EntropyMCMC:
             chain.append(
                 samplers.EntropyMCMC(
                     parameters,
-                    self.learning_rate,
+                    rate,
                     len(job.train),
                     self.eta,
                     self.prior_precision,
