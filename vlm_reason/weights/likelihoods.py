@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..scoring.enter import unwrap
-from ..scoring.head import head_logprobs, logits_of
+from ..scoring.head import head_logits, head_logprobs, logits_of
 from .examples import Batch, Ids
 
 
@@ -95,14 +96,42 @@ class Tokens:
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         causal, hidden = unwrap(model), _hidden(model, batch)
+        row, place, ids = self._wanted(hidden, batch)
+        logp = head_logprobs(causal, hidden[row, place - 1], ids)
+        return logp.new_zeros(len(hidden)).index_add(0, row, logp)[:, None]
+
+    def sampled(
+        self, model: nn.Module, batch: Batch, generators: Sequence[torch.Generator], samples: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(f [B, 1], `samples` times log p [B] of other tokens in the places of the target's, each drawn from the
+        model's own law behind what stands there in the batch). generators: one a row, on the CPU."""
+        causal, hidden = unwrap(model), _hidden(model, batch)
+        row, place, ids = self._wanted(hidden, batch)
+        states = hidden[row, place - 1]
+        drawn = torch.empty(samples, len(ids), dtype=torch.long)
+        with torch.no_grad():
+            for n, generator in enumerate(generators):
+                mine = row == n
+                for part in mine.nonzero().squeeze(-1).split(256):
+                    p = head_logits(causal, states[part]).float().softmax(-1).cpu()
+                    drawn[:, part.cpu()] = torch.multinomial(p, samples, True, generator=generator).mT
+        labels = [ids, *drawn.to(ids.device)]
+        sums = [
+            states.new_zeros(len(hidden), dtype=torch.float32).index_add(
+                0, row, head_logprobs(causal, states, one).float()
+            )
+            for one in labels
+        ]
+        return sums[0][:, None], sums[1:]
+
+    def _wanted(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, position, id) of every token of the targets, rows of `hidden` [k B, T, H]."""
         copies = len(hidden) // len(batch)
-        size = batch.input_ids.shape[1]
-        at = torch.arange(size, device=hidden.device)
+        at = torch.arange(batch.input_ids.shape[1], device=hidden.device)
         wanted = (at >= batch.target[:, None].clamp(min=1)) & (at <= batch.last[:, None])
         wanted, ids = wanted.repeat(copies, 1), batch.input_ids.repeat(copies, 1)
         row, place = wanted.nonzero(as_tuple=True)
-        logp = head_logprobs(causal, hidden[row, place - 1], ids[row, place])
-        return logp.new_zeros(len(hidden)).index_add(0, row, logp)[:, None]
+        return row, place, ids[row, place]
 
     def log_prob(self, f: Tensor, batch: Batch) -> Tensor:
         return f[..., 0]

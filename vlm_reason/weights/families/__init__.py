@@ -1,7 +1,10 @@
 """The families of posteriors: one file a family."""
 
 from ..posterior import Posterior
+from .core import CoreGaussian
 from .diagonal import DiagonalGaussian
+from .full import FullGaussian
+from .kronecker import KroneckerGaussian
 from .last_layer import LastLayer
 from .low_rank_plus_diagonal import LowRankPlusDiagonal
 from .masks import Masks
@@ -9,7 +12,10 @@ from .mixture import Mixture
 from .particles import Particles
 
 FAMILIES: dict[str, type[Posterior]] = {
+    CoreGaussian.family: CoreGaussian,
     DiagonalGaussian.family: DiagonalGaussian,
+    FullGaussian.family: FullGaussian,
+    KroneckerGaussian.family: KroneckerGaussian,
     LastLayer.family: LastLayer,
     LowRankPlusDiagonal.family: LowRankPlusDiagonal,
     Masks.family: Masks,

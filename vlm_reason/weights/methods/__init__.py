@@ -4,11 +4,13 @@ from ..job import Method
 from .batch_ensemble import BatchEnsemble
 from .blob import BLoB
 from .concrete_dropout import ConcreteDropout
+from .core import Core
 from .dropout import Dropout
 from .ensemble import Ensemble
 from .entropy_mcmc import EntropyMCMC
 from .ivon import IVON
 from .langevin import Langevin
+from .laplace import Laplace
 from .map import MAP
 from .rank_masks import RankMasks
 from .swag import SWAG
@@ -19,11 +21,13 @@ METHODS: dict[str, type[Method]] = {
     "batch_ensemble": BatchEnsemble,
     "blob": BLoB,
     "concrete_dropout": ConcreteDropout,
+    "core": Core,
     "dropout": Dropout,
     "ensemble": Ensemble,
     "entropy_mcmc": EntropyMCMC,
     "ivon": IVON,
     "langevin": Langevin,
+    "laplace": Laplace,
     "map": MAP,
     "rank_masks": RankMasks,
     "swag": SWAG,
