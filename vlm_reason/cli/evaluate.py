@@ -26,6 +26,7 @@ from .suite import (
     show_suite,
 )
 from .tables import difference_table, systems_table
+from .weight_suite import holds_weight_suite, run_weight_suite_command, show_weight_suite
 from .wiring import (
     SYSTEMS,
     System,
@@ -53,6 +54,8 @@ CONFIG is a suite (evals/suites/*.yaml): every task is drawn into OUTPUT_DIR/TAS
 once, with `model` or with every model in `members`; OUTPUT_DIR/result.json has the numbers. Stopped at
 any moment, the same command goes on.
 
+Or CONFIG compares posteriors over weights (`sets` and `methods`, evals/suites/bayes_lora.yaml).
+
 Or CONFIG is a training recipe: its held-out problems. When OUTPUT_DIR holds a trained model, base and
 trained are run with the same seeds and their difference is paired problem by problem. Writes
 OUTPUT_DIR/eval/result.json."""
@@ -66,6 +69,7 @@ examples:
   vlm-reason eval evals/suites/arithmetic.yaml model=Qwen/Qwen2.5-0.5B
   vlm-reason eval evals/suites/math_words.yaml data=DATA members=[runs/a/adapters/reasoner]
   vlm-reason eval suite.yaml budget.tokens=100000 --require "accuracy.low>=0.6" --audit
+  vlm-reason eval evals/suites/bayes_lora.yaml data=DATA
   vlm-reason eval recipe.yaml
   vlm-reason eval recipe.yaml evaluation.traces=8 evaluation.temperature=1 evaluation.bound_traces=8
   vlm-reason eval recipe.yaml --from-store             from OUTPUT_DIR/samples, without a model
@@ -102,6 +106,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> Result:
     if holds_suite(options):
         return run_suite_command(options)
+    if holds_weight_suite(options):
+        return run_weight_suite_command(options)
     if options.audit or options.audit_tolerance is not None:
         raise UserError("--audit is for suites, which keep their samples; this config is a training recipe")
     requirements = parse_requirements(options.require)
@@ -187,6 +193,8 @@ def _differences(
 def _show(result: Result) -> None:
     if result.get("kind") == "suite":
         return show_suite(result)
+    if result.get("kind") == "weight_suite":
+        return show_weight_suite(result)
     out = console()
     counts = {name: system["problems"] for name, system in result["systems"].items()}
     out.print(systems_table(f"{max(counts.values(), default=0)} problems, 95% intervals", result["systems"]))

@@ -70,6 +70,11 @@ def lettered_choices(problem: Problem) -> str:
     return plain_question(problem)
 
 
+def bare_text(problem: Problem) -> str:
+    """What is to be classified, on one line, without the list of labels: short prompts, for models trained on them."""
+    return " ".join(problem.question.split())
+
+
 def _lettered(choices: tuple[str, ...]) -> str:
     return "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 
@@ -199,6 +204,22 @@ CHOICES = Template(
     question=lettered_choices,
 )
 
+LABELS = Template(
+    name="labels",
+    prior="Text: {question}\nReasoning:",
+    posterior="Text: {question}\nRight label: {hint}\nReasoning:",
+    cue="Label:",
+    shots=(
+        Shot(
+            "the soup was cold and nobody came to ask how it was",
+            " Cold food and no service are faults.",
+            "negative",
+        ),
+        Shot("an evening i would gladly have again", " Wanting it again says that it was good.", "positive"),
+    ),
+    question=bare_text,
+)
+
 # The trace is closed by the first half of the answer tag and the cue is the second half: whole tags would merge with
 # what follows under the pre-tokenisers of Llama 3 and Qwen. Any instruct model can follow it.
 CHAT = Template(
@@ -219,7 +240,7 @@ CHAT = Template(
     chat=True,
 )
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (STEPS, ARITHMETIC, CHOICES, CHAT)}
+TEMPLATES: dict[str, Template] = {t.name: t for t in (STEPS, ARITHMETIC, CHOICES, LABELS, CHAT)}
 
 
 def template_named(name: str) -> Template:

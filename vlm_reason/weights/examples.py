@@ -99,10 +99,11 @@ class Choices:
 
 def choice_examples(problems: Sequence[Problem], builder: PromptBuilder) -> Choices:
     """Prompt + empty trace + cue as the sequence, and one token a label behind it: the letter of a choice, or the first
-    token of a class name where these differ from one another, else a letter.
+    token of a class name where these differ from one another, else a letter. Tokens that all labels begin with (a space
+    of its own, in some vocabularies) belong to the sequence.
 
     UserError for problems that are neither multiple choice nor classification or do not share their classes, for
-    labels that are several tokens or not told apart by the tokenizer, and for no problems at all.
+    labels that are not told apart by the tokenizer, and for no problems at all.
     """
     if not problems:
         raise UserError("no problems to make examples of: give at least one")
@@ -110,10 +111,13 @@ def choice_examples(problems: Sequence[Problem], builder: PromptBuilder) -> Choi
     metadata = problems[0].metadata
     classes: tuple[str, ...] = tuple(metadata.get("labels", ())) if not metadata.get("choices") else ()
     names = classes or tuple(LETTERS[:count])
-    ids = _first_tokens(builder, names) if classes else _letter_tokens(builder, count)
-    if len(set(ids)) < len(names):
-        ids = _letter_tokens(builder, len(names))
-    examples = tuple(Example(p.id, builder.direct_ids(p), _label_index(p, names)) for p in problems)
+    found = _first_tokens(builder, names) or _first_tokens(builder, tuple(LETTERS[: len(names)]))
+    if found is None:
+        raise UserError(f"the tokenizer does not tell the labels {', '.join(names)} apart by a token, nor A, B, ...")
+    begun, ids = found
+    examples = tuple(
+        Example(p.id, (*builder.direct_ids(p), *begun), _label_index(p, names)) for p in problems
+    )
     return Choices(examples, ids, names)
 
 
@@ -132,14 +136,11 @@ def _label_index(problem: Problem, names: Sequence[str]) -> int:
     return list(names).index(problem.answer)
 
 
-def _first_tokens(builder: PromptBuilder, names: Sequence[str]) -> Ids:
-    return tuple(builder.answer_ids(name)[0] for name in names)
-
-
-def _letter_tokens(builder: PromptBuilder, count: int) -> Ids:
-    ids = tuple(builder.answer_ids(letter)[0] for letter in LETTERS[:count])
-    if len(set(ids)) < count:
-        raise UserError(
-            "the tokenizer does not tell the letters A, B, ... apart by their first token: no label tokens"
-        )
-    return ids
+def _first_tokens(builder: PromptBuilder, names: Sequence[str]) -> tuple[Ids, Ids] | None:
+    """(what all of them begin with, the token behind it of each); None where two share that token too."""
+    texts = [builder.answer_ids(name) for name in names]
+    shared = 0
+    while len({ids[: shared + 1] for ids in texts}) == 1 and len(texts) > 1:
+        shared += 1
+    ids = tuple(text[shared] for text in texts)
+    return (texts[0][:shared], ids) if len(set(ids)) == len(ids) else None
