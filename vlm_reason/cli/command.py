@@ -14,19 +14,21 @@ Result = dict[str, Any]
 class Command:
     """run(options) gives what --json prints; show(result) prints the same for people. `after_interrupt` tells
     what Ctrl-C left behind. `takes_config`: its first argument is CONFIG, with key=value behind it.
-    `settings`: another argument that takes key=value. `status(result)`: the exit status of a run that ended well."""
+    `settings`: another argument that takes key=value. `status(result)`: the exit status of a run that ended well.
+    `commands`: of a group, which does nothing itself; theirs are the names "group name"."""
 
     name: str
     help: str
     description: str
     epilog: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Result]
-    show: Callable[[Result], None]
-    after_interrupt: str
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    run: Callable[[argparse.Namespace], Result] = lambda options: {}
+    show: Callable[[Result], None] = lambda result: None
+    after_interrupt: str = "nothing was written"
     takes_config: bool = True
     settings: str | None = None
     status: Callable[[Result], int] = lambda result: 0
+    commands: tuple[Command, ...] = ()
 
     @property
     def overrides(self) -> str | None:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 from ..compat.deepspeed_log import keep_stdout_clean
 from ..errors import UserError
-from . import compare, evaluate, import_, lm_eval, plan, rank, report, sample, select, serve, train
+from . import bayes, compare, evaluate, import_, lm_eval, plan, rank, report, sample, select, serve, train
 from .command import Command
 from .output import dump_json, json_stdout
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND, sample.COMMAND, rank.COMMAND, evaluate.COMMAND, plan.COMMAND, serve.COMMAND,
-    compare.COMMAND, select.COMMAND, import_.COMMAND, lm_eval.COMMAND, report.COMMAND,
+    compare.COMMAND, select.COMMAND, import_.COMMAND, lm_eval.COMMAND, report.COMMAND, bayes.COMMAND,
 )  # fmt: skip
 
 _DESCRIPTION = """\
@@ -44,6 +44,7 @@ examples:
   vlm-reason serve recipe.yaml                       a vLLM server for engine.mode server
   vlm-reason import samples.jsonl -o STORE           samples of another program, for metrics and reports
   vlm-reason lm-eval arc_easy -o OUT model=runs/m    tasks of lm-eval
+  vlm-reason bayes fit recipe.yaml                   a posterior over the weights of an adapter
 
 vlm-reason COMMAND --help says more of each."""
 
@@ -106,22 +107,29 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_commands(parser, COMMANDS)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command]) -> None:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in commands:
         sub = subparsers.add_parser(
-            command.name,
+            command.name.split()[-1],
             help=command.help,
             description=command.description,
             epilog=command.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if command.commands:
+            _add_commands(sub, command.commands)
+            continue
         if command.takes_config:
             sub.add_argument("config", metavar="CONFIG", help="YAML file that describes the run")
             add_overrides(sub)
         add_common_arguments(sub)
         command.add_arguments(sub)
         sub.set_defaults(command=command)
-    return parser
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

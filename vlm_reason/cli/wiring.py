@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from ..types import Problem
 
 System = Literal["base", "trained"]
+KINDS = ("trace", "bayes")
 SYSTEMS: tuple[System, ...] = ("base", "trained")
 ADAPTER_OF: Mapping[System, str | None] = {"base": None, "trained": "reasoner"}
+
+
+def kind_of(options: argparse.Namespace) -> str:
+    """The `kind` of a config that may be trained. UserError for one that there is not."""
+    kind = load_config(options.config, options.overrides).get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise UserError(f"kind: {kind!r} is not one of {', '.join(map(repr, KINDS))}")
+    return str(kind)
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:

@@ -1,0 +1,291 @@
+"""vlm-reason bayes fit|tfb|laplace|merge|inspect: posteriors over the weights of an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import apply_overrides, from_dict, load_config
+from ..errors import UserError
+from .command import Command, Result
+from .output import console, estimate, number, table
+
+if TYPE_CHECKING:
+    from ..weights.config import BayesConfig
+
+_REPEAT = "the same command goes on from the last checkpoint"
+
+
+# --------------------------------------------------------------------------------------------------------------- fit
+
+_FIT = """\
+Fit a posterior over the weights of an adapter as CONFIG (`kind: bayes`) says, and predict the problems
+of its eval_task. OUTPUT_DIR gets config.yaml (resolved), fit.json, posterior/ (a stock PEFT adapter that
+holds the mean, and the posterior beside it), predictions.jsonl and summary.json. Stopped at any moment,
+the same command goes on from the last checkpoint; once finished, it returns the summary."""
+
+_FIT_EXAMPLES = """\
+examples:
+  vlm-reason bayes fit configs/recipes/bayes_sst2.yaml task.name=data/sst2 eval_task.name=data/sst2
+  vlm-reason bayes fit recipe.yaml method=ivon options.sigma=0.02 output_dir=runs/ivon
+  vlm-reason bayes fit recipe.yaml method=ensemble options.members=3 predictive.n=3
+  vlm-reason bayes fit recipe.yaml method=temperature options.method=ivon options.split=0.2
+
+In several processes:
+  accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 \\
+      scripts/train.py --config CONFIG"""
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Of a config of kind bayes; `train` comes here too."""
+    from ..weights.config import BayesConfig
+
+    return fit(from_dict(BayesConfig, load_config(options.config, options.overrides)), not options.quiet)
+
+
+def fit(config: BayesConfig, show_progress: bool) -> Result:
+    """Run `config` and measure its predictions."""
+    from ..weights.run import run_bayes
+    from .bayes_metrics import measure
+
+    return run_bayes(config, show_progress, measure)
+
+
+def show_fit(result: Result) -> None:
+    rows = [(name, estimate(value)) for name, value in (result.get("metrics") or {}).items()]
+    report = result.get("report") or {}
+    keys = ("family", "examples", "steps", "train_nll", "held_out_nll")
+    rows += [(key, _cell(report.get(key))) for key in keys]
+    rows += [
+        (key, _cell(v)) for key, v in (report.get("details") or {}).items() if not isinstance(v, (dict, list))
+    ]
+    title = f"{result.get('method', '')}: {result['output_dir']}"
+    console().print(table(title, ("", "value"), rows))
+
+
+# ------------------------------------------------------------------------------------------- posteriors of an adapter
+
+_POST_HOC = """\
+%s
+ADAPTER is a folder that PEFT wrote, whoever trained it, or a posterior (its mean is taken). DATA is a
+config of kind bayes: its task, held_out, eval_task, template, likelihood and predictive are used, its
+method, options and adapter are not. The base model is DATA's, else the one that ADAPTER names.
+The folder behind -o gets what `vlm-reason bayes fit` writes."""
+
+
+@dataclass(frozen=True)
+class _PostHoc:
+    """One method that needs an adapter and data, but no training."""
+
+    method: str
+    help: str
+    what: str
+    example: str
+
+    def command(self) -> Command:
+        name = self.method
+        return Command(
+            name=f"bayes {name}",
+            help=self.help,
+            description=_POST_HOC % self.what,
+            epilog=f"examples:\n  vlm-reason bayes {name} runs/adapter --data recipe.yaml -o runs/{name}\n"
+            f"  vlm-reason bayes {name} runs/theirs --data recipe.yaml -o runs/{name} {self.example}",
+            add_arguments=_post_hoc_arguments,
+            run=self.run,
+            show=show_fit,
+            after_interrupt="nothing was written but the config; repeat the command",
+            takes_config=False,
+            settings="overrides",
+        )
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from ..weights.config import BayesConfig
+        from ..weights.start import base_model_of
+
+        data = load_config(options.data)
+        for key in ("kind", "method", "options", "adapter"):
+            data.pop(key, None)
+        data |= {"method": self.method, "start": options.adapter, "output_dir": options.output}
+        data = apply_overrides(data, options.overrides)
+        if "model" not in data:
+            data["model"] = base_model_of(options.adapter)
+        return fit(from_dict(BayesConfig, data), not options.quiet)
+
+
+def _post_hoc_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter, or of a posterior")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="change a key of DATA, or options.*"
+    )
+    parser.add_argument("--data", metavar="CONFIG", required=True, help="config that names the problems")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where everything is written")
+
+
+# ------------------------------------------------------------------------------------------------------------- merge
+
+_MERGE = """\
+One posterior from those of several tasks: every weight from the tasks that are sure of it. Adapters that
+began from different initial A are refused in the space of parameters; space=delta merges the updates of
+the layers instead. No data and no model are needed."""
+
+_MERGE_EXAMPLES = """\
+keys:
+  space      parameters (default) or delta
+  alphas     weight of each task, 1 by default: alphas=[1,0.5]
+  base       folder of the posterior that was the tasks' prior
+  delta0     prior precision of the result
+  same_init  true: the adapters began from one A, do not check
+  rank       of the result, for space=delta
+
+examples:
+  vlm-reason bayes merge runs/a/posterior runs/b/posterior -o runs/merged
+  vlm-reason bayes merge runs/a/posterior runs/b/posterior -o runs/merged space=delta alphas=[1,0.5]"""
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    alphas: tuple[float, ...] | None = None
+    base: str | None = None
+    delta0: float | None = None
+    space: str = "parameters"
+    same_init: bool = False
+    rank: int | None = None
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "items", metavar="POSTERIOR|key=value", nargs="+", help="folders, and settings (keys below)"
+    )
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="new folder of the result")
+
+
+def _merge(options: argparse.Namespace) -> Result:
+    from ..config import to_dict
+    from ..weights.merging import merge
+    from ..weights.posterior import Posterior
+
+    folders = [item for item in options.items if "=" not in item]
+    settings = apply_overrides({}, [item for item in options.items if "=" in item])
+    s = from_dict(MergeSettings, settings)
+    if len(folders) < 2:
+        raise UserError(f"merging takes at least two posteriors, got {len(folders)}")
+    base = None if s.base is None else Posterior.load(s.base)
+    merged, report = merge(
+        [Posterior.load(f) for f in folders], base, s.alphas, s.delta0, s.space, s.same_init, s.rank
+    )
+    merged.save(options.output)
+    return {"output": options.output, "of": folders, "family": merged.family, "report": to_dict(report)}
+
+
+def _show_merge(result: Result) -> None:
+    kept = result["report"].get("kept") or {}
+    rows = [(key, _cell(value)) for key, value in result["report"].items() if key != "kept"]
+    if kept:
+        rows.append(("least kept", _cell(min(kept.values()))))
+    console().print(table(f"merged: {result['output']}", ("", "value"), rows))
+
+
+# ----------------------------------------------------------------------------------------------------------- inspect
+
+_INSPECT = """\
+What a posterior is: family, size, base model, N, lambda and temperature, prior, quantiles of sigma and of
+sigma / |mean| over the uncertain weights, and the KL divergence to its prior where there is one."""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  vlm-reason bayes inspect runs/bayes_sst2/posterior
+  vlm-reason bayes inspect runs/bayes_sst2/posterior --json"""
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("posterior", metavar="FOLDER", help="folder of a posterior")
+
+
+def _inspect(options: argparse.Namespace) -> Result:
+    from ..weights.inspection import inspect
+
+    folder = Path(options.posterior)
+    return inspect(folder / "posterior" if (folder / "posterior").is_dir() else folder)
+
+
+def _show_inspect(result: Result) -> None:
+    out = console()
+    whole = {k: v for k, v in result.items() if k not in ("tensors", "quantiles", "prior")}
+    rows = [(key, _cell(value)) for key, value in whole.items()]
+    rows += [(f"prior precision {p['value']:.4g}", f"{p['tensors']} tensors") for p in result["prior"]]
+    out.print(table(f"posterior: {result['folder']}", ("", "value"), rows))
+    if result["quantiles"]:
+        at = [f"{q:.0%}" for q in result["quantiles"]["at"]]
+        found = [
+            (label, *(number(v, ".3g") for v in result["quantiles"][key]))
+            for key, label in (("sigma", "sigma"), ("noise_to_weight", "sigma / |mean|"))
+        ]
+        out.print(table("over the uncertain weights", ("", *at), found))
+
+
+# ------------------------------------------------------------------------------------------------------------- bayes
+
+
+def _cell(value: object) -> str:
+    return number(value, ".4g") if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _command(
+    name: str, help: str, description: str, epilog: str, add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], Result], show: Callable[[Result], None], **keys: Any,
+) -> Command:  # fmt: skip
+    return Command(f"bayes {name}", help, description, epilog, add_arguments, run, show, **keys)
+
+
+_TFB = _PostHoc(
+    "tfb",
+    "a posterior around any LoRA adapter, without training",
+    """\
+A posterior around a trained LoRA adapter, without training (TFB): the widest noise in the space of its
+updates that leaves the loss on held-out problems (else on the training problems) within a tolerance.
+""",
+    "options.criterion=flips",
+)
+_LAPLACE = _PostHoc(
+    "laplace",
+    "a posterior around any LoRA adapter from the curvature of its loss",
+    """\
+A posterior around a trained LoRA adapter from the curvature of its loss on the training problems
+(Laplace), with the prior that the marginal likelihood prefers.
+""",
+    "options.structure=diagonal",
+)
+
+COMMAND = Command(
+    name="bayes",
+    help="posteriors over the weights of an adapter: fit, tfb, laplace, merge, inspect",
+    description="Posteriors over the weights of an adapter.",
+    epilog="""\
+examples:
+  vlm-reason bayes fit configs/recipes/bayes_sst2.yaml    fit as the file says; repeat it to resume
+  vlm-reason bayes tfb ADAPTER --data recipe.yaml -o OUT  around anybody's LoRA adapter, without training
+  vlm-reason bayes inspect OUT/posterior                  what it is
+
+vlm-reason bayes COMMAND --help says more of each.""",
+    after_interrupt=_REPEAT,
+    takes_config=False,
+    commands=(
+        _command(
+            "fit", "fit a posterior over an adapter; run again to resume", _FIT, _FIT_EXAMPLES,
+            lambda parser: None, run, show_fit, after_interrupt=_REPEAT,
+        ),
+        _TFB.command(),
+        _LAPLACE.command(),
+        _command(
+            "merge", "one posterior from those of several tasks", _MERGE, _MERGE_EXAMPLES, _merge_arguments, _merge,
+            _show_merge, after_interrupt="nothing was written", takes_config=False, settings="items",
+        ),
+        _command(
+            "inspect", "what a posterior is", _INSPECT, _INSPECT_EXAMPLES, _inspect_arguments, _inspect,
+            _show_inspect, after_interrupt="nothing was written", takes_config=False,
+        ),
+    ),
+)  # fmt: skip
