@@ -217,7 +217,7 @@ class Posterior(ABC):
         n: int = 32,
         mode: str = "auto",
         *,
-        newton: bool = False,
+        newton: bool = True,
         seed: int = 0,
         adapter: str = "default",
     ) -> LeaveOneOut:
@@ -237,8 +237,8 @@ class Posterior(ABC):
         seed: int = 0,
         adapter: str = "default",
     ) -> dict[str, float]:
-        """Id of each training example -> how much leaving it out changes what is said of it, the largest first: the
-        wrongly labelled, the unusual. See loo.py."""
+        """Id of each training example -> how much leaving it out changes what is said of it, the largest first. For
+        wrong labels `loo(...).ranking("nll")` is the better list. See loo.py."""
         found = self.loo(model, data, likelihood, n, mode, seed=seed, adapter=adapter)
         by_id = dict(zip(found.ids, found.sensitivity.tolist(), strict=True))
         return {name: by_id[name] for name in found.ranking()}

@@ -58,7 +58,8 @@ class ConcreteDropout:
         start_from(job)
         sizes = mask_sizes(job.model, job.adapter, self.axis)
         start = math.log(self.initial_p) - math.log1p(-self.initial_p)
-        device = job.model.device
+        adapter = adapter_tensors(job.model, job.adapter)
+        device = next(iter(adapter.values())).device
         logits = {name: nn.Parameter(torch.tensor(start, device=device)) for name in sizes}
         masks = SequenceMasks(job.seed)
         weight = 1 / (self.ess or len(job.train))
@@ -73,8 +74,6 @@ class ConcreteDropout:
                 nll = negative_log_likelihood(model, batch, likelihood)
             down = {name: adapter[name + FACTOR] for name in sizes}
             return nll + weight * mask_divergence(logits, down, sizes, self.prior_precision)
-
-        adapter = adapter_tensors(job.model, job.adapter)
 
         def optimizer(parameters: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
             own = {id(p) for p in logits.values()}
