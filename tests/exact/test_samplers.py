@@ -232,7 +232,7 @@ def test_cyclical_schedule_is_the_paper_s() -> None:
 # ------------------------------------------------------------------------------------------------------ as methods
 
 CHAINS: list[tuple[str, dict[str, Any]]] = [
-    ("langevin", {"kind": "cyclical", "particles": 4, "cycles": 2}),
+    ("langevin", {"kind": "cyclical", "particles": 4, "cycles": 2, "exploration": 0.5}),
     ("entropy_mcmc", {"particles": 2, "cycles": 1}),
 ]
 
