@@ -15,6 +15,7 @@ from .map import MAP
 from .rank_masks import RankMasks
 from .swag import SWAG
 from .temperature import Temperature
+from .tfb import TFB
 from .vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "rank_masks": RankMasks,
     "swag": SWAG,
     "temperature": Temperature,
+    "tfb": TFB,
     "vbll": VBLL,
 }
 """Name -> settings class with `fit(job)`."""
