@@ -1,0 +1,155 @@
+"""Mixtures: the density of torch.distributions, draws by weight, moments, a folder for each component."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from tests.chain_parts import same_trees
+from vlm_reason.errors import UserError
+from vlm_reason.weights import DiagonalGaussian, Origin, Posterior
+from vlm_reason.weights.artefact import Tree
+from vlm_reason.weights.families.low_rank_plus_diagonal import LowRankPlusDiagonal
+from vlm_reason.weights.families.mixture import Mixture
+from vlm_reason.weights.families.particles import Particles
+
+CONFIG = {"peft_type": "LORA", "r": 2}
+SHAPES = {"l.lora_A.weight": (2, 3), "l.lora_B.weight": (3, 2)}
+SHARES = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+
+def gaussian(seed: int, width: float = 1.0) -> DiagonalGaussian:
+    torch.manual_seed(seed)
+    mean = {k: torch.randn(s) for k, s in SHAPES.items()}
+    sigma = {k: width * (0.2 + torch.rand(s)) for k, s in SHAPES.items()}
+    return DiagonalGaussian(CONFIG, mean, sigma, Origin(data_size=5))
+
+
+def three(width: float = 1.0) -> Mixture:
+    return Mixture([gaussian(k, width) for k in range(3)], [2, 3, 5])
+
+
+def flat(tree: Tree) -> Tensor:
+    return torch.cat([tree[k].flatten() for k in SHAPES]).double()
+
+
+def of_torch(mixture: Mixture) -> MixtureSameFamily:
+    own = [c for c in mixture.components if isinstance(c, DiagonalGaussian)]
+    means, sigmas = torch.stack([flat(c.mean()) for c in own]), torch.stack([flat(c.sigma()) for c in own])
+    return MixtureSameFamily(Categorical(SHARES), Independent(Normal(means, sigmas), 1))
+
+
+def test_the_density_is_that_of_torch() -> None:
+    mixture = three()
+    for tree in mixture.sample(10, seed=1):
+        assert mixture.log_prob(tree) == pytest.approx(
+            float(of_torch(mixture).log_prob(flat(tree))), rel=1e-9
+        )
+    far = {k: 100 + v for k, v in mixture.mean().items()}  # the exponentials of all components are 0 in fp64
+    exact = float(of_torch(mixture).log_prob(flat(far)))
+    assert exact < -1000 and mixture.log_prob(far) == pytest.approx(exact, rel=1e-9)
+    one = Mixture([gaussian(0), gaussian(1)], [1, 0])
+    assert one.log_prob(far) == pytest.approx(gaussian(0).log_prob(far))
+    trees = [gaussian(k).mean() for k in range(2)]
+    with pytest.raises(UserError, match="'particles' has no density"):
+        Mixture([gaussian(0), Particles(CONFIG, trees, Origin())]).log_prob(far)
+
+
+def test_draws_come_from_components_by_weight_and_do_not_share_noise() -> None:
+    mixture = three(width=1e-3)  # so narrow that a draw tells where it is from
+    centres = torch.stack([flat(c.mean()) for c in mixture.components])
+
+    def source(tree: Tree) -> int:
+        return int((centres - flat(tree)).square().sum(1).argmin())
+
+    draws = list(mixture.sample(200, seed=4))
+    counts = [sum(source(d) == k for d in draws) for k in range(3)]
+    assert all(abs(c - 200 * float(w)) <= 3 for c, w in zip(counts, SHARES, strict=True))
+    assert same_trees(list(mixture.sample(7, seed=4)), draws[:7])
+    own = [DiagonalGaussian(CONFIG, gaussian(0).mean(), gaussian(0).sigma(), Origin()) for _ in range(2)]
+    a, b = Mixture(own).sample(2, seed=0)
+    assert not same_trees([a], [b])
+    for first, second in zip(*[iter(mixture.sample(20, seed=2, antithetic=True))] * 2, strict=True):
+        centre = centres[source(first)]
+        torch.testing.assert_close(flat(first) - centre, centre - flat(second), atol=1e-6, rtol=0)
+
+
+def test_moments_are_the_mixture_s() -> None:
+    mixture = three()
+    law = of_torch(mixture)
+    torch.testing.assert_close(flat(mixture.mean()), law.mean, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(1 / flat(mixture.precision_diag()), law.variance, atol=1e-6, rtol=1e-5)
+    jacobian = {k: torch.randn(4, 2, *s) for k, s in SHAPES.items()}
+    j = torch.cat([jacobian[k].flatten(2) for k in SHAPES], 2).double()
+    inside = sum(
+        w * torch.diag(flat(c.sigma()).square())
+        for w, c in zip(SHARES, mixture.components, strict=True)
+        if isinstance(c, DiagonalGaussian)
+    )
+    apart = torch.stack([flat(c.mean()) for c in mixture.components]) - law.mean
+    dense = inside + torch.einsum("k,ki,kj->ij", SHARES, apart, apart)
+    torch.testing.assert_close(mixture.output_covariance(jacobian), j @ dense @ j.mT, rtol=1e-5, atol=1e-5)
+    points = Mixture(
+        [DiagonalGaussian(CONFIG, gaussian(k).mean(), {}, Origin()) for k in range(3)], [2, 3, 5]
+    )
+    expected = j @ torch.einsum("k,ki,kj->ij", SHARES, apart, apart) @ j.mT
+    torch.testing.assert_close(points.output_covariance(jacobian), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_temper_acts_inside_components_and_the_mean_may_be_one_of_them() -> None:
+    mixture = three().temper(4.0)
+    assert mixture.origin.temper == 4.0
+    for k, c in enumerate(mixture.components):
+        assert isinstance(c, DiagonalGaussian)
+        torch.testing.assert_close(flat(c.sigma()), flat(gaussian(k).sigma()) / 2)
+    named = Mixture([gaussian(0), gaussian(1)], mean=1)
+    assert same_trees([named.mean()], [gaussian(1).mean()])
+    assert same_trees([named.temper(2.0).mean()], [gaussian(1).mean()])
+
+
+def test_a_round_trip_of_mixed_families_nested(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    first = gaussian(0)
+    factor = {k: torch.randn(3, *s) for k, s in SHAPES.items()}
+    swag = LowRankPlusDiagonal(CONFIG, first.mean(), first.sigma(), factor, Origin())
+    members = Particles(CONFIG, [gaussian(k).mean() for k in range(4)], Origin(), [1, 2, 3, 4], mean=2)
+    mixture = Mixture([swag, members, Mixture([gaussian(1), gaussian(2)], [1, 3])], [0.25, 0.5, 0.25], mean=1)
+    folder = mixture.save(tmp_path / "a")
+    loaded = Posterior.load(folder)
+    assert isinstance(loaded, Mixture) and [c.family for c in loaded.components] == [
+        "low_rank_plus_diagonal", "particles", "mixture",
+    ]  # fmt: skip
+    assert torch.equal(loaded.weights, mixture.weights)
+    assert same_trees([loaded.mean()], [gaussian(2).mean()])
+    assert same_trees(list(loaded.sample(9, 5)), list(mixture.sample(9, 5)))
+    alone = Posterior.load(folder / "component001")
+    assert isinstance(alone, Particles) and same_trees(alone.trees(), members.trees())
+    (folder / "component001" / "posterior.safetensors").unlink()
+    with pytest.raises(UserError, match="component001.*posterior.safetensors is missing"):
+        Posterior.load(folder)
+
+
+def test_components_that_do_not_belong_together_are_refused() -> None:
+    mean = {k: torch.zeros(s) for k, s in SHAPES.items()}
+    for other, said in (
+        (
+            DiagonalGaussian(CONFIG, {"x": torch.zeros(1)}, {}, Origin()),
+            "components 0 and 1 are not of one adapter",
+        ),
+        (DiagonalGaussian(CONFIG, mean, {}, Origin(base="abc")), "different base models"),
+        (DiagonalGaussian(CONFIG, mean, {}, Origin(output_temperature=2.0)), "one output temperature"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Mixture([gaussian(0), other])
+    with pytest.raises(UserError, match="3 weights for 1 components"):
+        Mixture([gaussian(0)], [1, 1, 1])
+    with pytest.raises(UserError, match="no components"):
+        Mixture([])
+    with pytest.raises(UserError, match="no component 1, they are 0 to 0"):
+        Mixture([gaussian(0)], mean=1)
+    with pytest.raises(UserError, match="'mixture' has no KL"):
+        three().kl()
