@@ -9,9 +9,13 @@ PEFT's to rounding; in bf16 it differs by the rounding of the update, which is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
+import torch
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,6 +103,50 @@ def lora_updates(
 def _with_update(base: nn.Module, update: Update) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         y = base(x)
-        return y + update(x).to(y.dtype)
+        added = update(x).to(y.dtype)
+        return y + added if torch.is_grad_enabled() else y.add_(added)
 
     return forward
+
+
+def plain_lora_keys(model: PeftModel, adapter: str) -> set[str]:
+    """Keys, as in an adapter file, of the factors that `lora_updates` would replace."""
+    found: set[str] = set()
+
+    def note(name: str, layer: Linear) -> None:
+        if layer.lora_A[adapter].bias is None and layer.lora_B[adapter].bias is None:
+            found.update((f"{name}.lora_A.weight", f"{name}.lora_B.weight"))
+
+    with lora_updates(model, adapter, note):
+        pass
+    return found
+
+
+@contextmanager
+def draws_as_adapters(
+    model: PeftModel, adapter: str, draws: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[Callable[[Sequence[str]], AbstractContextManager[None]]]:
+    """Inside the block, `model` holds one more adapter for each of `draws`, of the kind of `adapter`; what is given is
+    a function: within `in_use(names)`, row r of a batch goes through adapter names[r] (PEFT's mixed batches: a loop
+    over adapters in every layer). Afterwards they are gone, and everything is trainable or frozen as before."""
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    added: list[str] = []
+
+    @contextmanager
+    def in_use(names: Sequence[str]) -> Iterator[None]:
+        with cast(Any, model.base_model)._enable_peft_forward_hooks(adapter_names=list(names)):
+            yield
+
+    try:
+        for name, tree in draws.items():
+            model.add_adapter(name, copy.deepcopy(model.peft_config[adapter]))
+            added.append(name)
+            set_peft_model_state_dict(model, dict(tree), adapter_name=name)
+        model.eval()
+        yield in_use
+    finally:
+        for name in added:
+            model.delete_adapter(name)
+        for name, p in model.named_parameters():
+            if name in trainable:
+                p.requires_grad_(trainable[name])

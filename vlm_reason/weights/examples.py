@@ -47,6 +47,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def rows(self, index: Sequence[int]) -> Batch:
+        """These rows, in this order, without the padding that none of them needs."""
+        at = torch.tensor(index, device=self.last.device)
+        width = int(self.last[at].max()) + 1
+        rejected = None if self.rejected is None else self.rejected.rows(index)
+        names = tuple(self.ids[i] for i in index)
+        return Batch(names, self.input_ids[at, :width], self.last[at], self.target[at], rejected)
+
     def to(self, device: torch.device | str) -> Batch:
         moved = {name: getattr(self, name).to(device) for name in ("input_ids", "last", "target")}
         return replace(self, **moved, rejected=None if self.rejected is None else self.rejected.to(device))
@@ -113,7 +121,9 @@ def choice_examples(problems: Sequence[Problem], builder: PromptBuilder) -> Choi
     names = classes or tuple(LETTERS[:count])
     found = _first_tokens(builder, names) or _first_tokens(builder, tuple(LETTERS[: len(names)]))
     if found is None:
-        raise UserError(f"the tokenizer does not tell the labels {', '.join(names)} apart by a token, nor A, B, ...")
+        raise UserError(
+            f"the tokenizer does not tell the labels {', '.join(names)} apart by a token, nor A, B, ..."
+        )
     begun, ids = found
     examples = tuple(
         Example(p.id, (*builder.direct_ids(p), *begun), _label_index(p, names)) for p in problems
