@@ -41,6 +41,8 @@ class RunConfig:
     verifier    what counts as right; auto: by the task
     preset      name of the method; options: its settings
     trainer     optimisation, schedule, lengths, K, checkpoints
+    optim       ivon: learn a Gaussian over the adapter (docs/weights.md), with the settings in the section `ivon`;
+                null: what trainer.optim names
     sampling    what `sample` draws: how many, how long, at what temperature; evaluation: the same for `eval`
     """
 
@@ -57,6 +59,8 @@ class RunConfig:
     adapter: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    optim: Literal["ivon"] | None = None
+    ivon: dict[str, Any] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     output_dir: str = "runs/default"
@@ -69,6 +73,8 @@ class RunConfig:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
         if not self.output_dir.strip():
             raise UserError("output_dir is empty: name the folder of this run")
+        if self.ivon is not None and self.optim != "ivon":
+            raise UserError("the section ivon has no meaning without optim: ivon")
 
 
 # -------------------------------------------------------------------------------- reading

@@ -108,9 +108,12 @@ def fingerprint_weights(model: nn.Module) -> str:
 
 
 def fingerprint_parameters(named: Iterable[tuple[str, Tensor]]) -> str:
-    """`fingerprint_weights` of the parameters given, under the names given; their order does not count."""
+    """`fingerprint_weights` of the parameters given, under the names given; their order does not count.
+    Collective where they are sharded."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
+        if hasattr(parameter, "full_tensor"):  # a DTensor: gathered, one at a time
+            parameter = parameter.detach().full_tensor()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(
             repr(_checksums(parameter.detach().contiguous().reshape(-1).view(torch.uint8))).encode()

@@ -13,6 +13,7 @@ written, so a run goes on under another number of processes, or another way of s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,8 +52,9 @@ class DrawingOptimizer(Protocol):
     """An optimiser whose state says what the parameters hold (`weights.IVON`): they hold a draw from it.
 
     `put_draw_in_place`: after the state was replaced. `start_anew`: q of `parameters` is as at first, around what they
-    hold now."""
+    hold now. `mean`: inside, they hold the mean."""
 
+    def mean(self) -> AbstractContextManager[None]: ...
     def put_draw_in_place(self) -> None: ...
     def start_anew(self, parameters: Sequence[Tensor]) -> None: ...
 
@@ -275,6 +277,12 @@ def one_group_an_adapter(optimizer: torch.optim.Optimizer, owner: Callable[[nn.P
             for name in names
         ]
     optimizer.param_groups[:] = split
+
+
+def at_mean(optimizer: torch.optim.Optimizer | None) -> AbstractContextManager[None]:
+    """Inside, the parameters hold what is kept of a run: the mean, where the optimiser has them hold a draw."""
+    own = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    return own.mean() if isinstance(own, DrawingOptimizer) else nullcontext()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@ output_dir/metrics.jsonl        a row per optimiser step
 output_dir/completions/         the sampled traces of every window
 output_dir/checkpoint-N/        complete checkpoints only
 output_dir/adapters/reasoner    the result: a stock PEFT adapter (and adapters/posterior)
+output_dir/posterior            over its weights, where the optimiser learns one
 output_dir/summary.json         written last: its presence means the run is finished
 """
 
@@ -13,8 +14,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from ..atomic import write_atomically
 from ..config import RunConfig, convert, from_dict, save_resolved, to_dict
@@ -31,7 +35,22 @@ from .trainer import TraceTrainer
 SUMMARY = "summary.json"
 
 
-def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any]:
+class Optimization(Protocol):
+    """An optimiser that the caller brings to a run (`optim` of a config)."""
+
+    def make(self, groups: list[dict[str, Any]], args: TraceConfig, problems: int) -> torch.optim.Optimizer:
+        """groups: one an adapter, named in its key `adapter`. problems: how many are trained on."""
+        ...
+
+    def keep(self, trainer: TraceTrainer) -> dict[str, Any]:
+        """Save what belongs beside the adapters, which are saved already. All processes call it; what it returns goes
+        into the summary."""
+        ...
+
+
+def run_training(
+    config: RunConfig, show_progress: bool = True, optimization: Optimization | None = None
+) -> dict[str, Any]:
     """Train as `config` says and return the summary. Started again with the same config, it goes on from the last
     complete checkpoint, and returns at once when the run is finished. Of several processes rank 0 has the summary.
 
@@ -42,7 +61,7 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
     done = output_dir / SUMMARY
     if done.is_file():
         return {**json.loads(done.read_text()), "already_finished": True}
-    trainer = make_trainer(config, show_progress)
+    trainer = make_trainer(config, show_progress, optimization)
     ranks = trainer.ranks
     checkpoint = latest_checkpoint(output_dir)
     ranks.agree(checkpoint and checkpoint.name, f"the last checkpoint in {output_dir}")
@@ -53,9 +72,12 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
         trainer.load_checkpoint(checkpoint)
     elif ranks.main:  # stopped before the first checkpoint: its rows come again
         truncate_metrics(output_dir / "metrics.jsonl", 0)
-    if not trainer.out_of_tokens:  # killed between the last step and this summary
+    if not trainer.out_of_tokens:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    elif optimization is not None and checkpoint is not None:  # killed between the last step and this summary
+        trainer.load_optimizer_state(checkpoint)
     _save_result(trainer, output_dir)
+    kept = {} if optimization is None else optimization.keep(trainer)
     if not ranks.main:
         return {"output_dir": str(output_dir), "rank": ranks.rank}
     summary = {
@@ -65,27 +87,32 @@ def run_training(config: RunConfig, show_progress: bool = True) -> dict[str, Any
         "tokens_used": trainer.tokens_used,
         "resumed_from": checkpoint.name if checkpoint else None,
         "seconds": time.perf_counter() - started,
+        **kept,
         **_phase_totals(output_dir / "metrics.jsonl"),
     }
     write_atomically(done, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def make_trainer(config: RunConfig, show_progress: bool = True) -> TraceTrainer:
+def make_trainer(
+    config: RunConfig, show_progress: bool = True, optimization: Optimization | None = None
+) -> TraceTrainer:
     """The trainer that `config` describes, not yet started: whatever is wrong with a config is found here."""
     recipe = build(config.preset, config.options)
     args = trace_config(config)
     spec = from_dict(TaskSpec, config.task, "task")
     adapter = adapter_config(config)
+    problems = load_problems(spec)
     return TraceTrainer(
         config.model,
         args,
         recipe,
-        load_problems(spec),
+        problems,
         template=resolve_template(config.template),
         verifier=resolve_verifier(config.verifier, spec),
         adapter=adapter,
         dtype=config.dtype,
+        optimizer_factory=partial(optimization.make, problems=len(problems)) if optimization else None,
         engine_options=config.engine,
         show_progress=show_progress,
     )

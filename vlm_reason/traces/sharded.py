@@ -28,9 +28,10 @@ from ..models.sharding import load_weights, shard_fully, whole_parameters
 from .checkpoint import load_optimizer, save_optimizer
 from .config import TraceConfig
 from .distributed import Ranks
-from .parallel import Parallel, Replica, make_parallel, one_group_an_adapter
+from .parallel import Parallel, Replica, at_mean, make_parallel, one_group_an_adapter
 
-OptimizerFactory = Callable[[list[nn.Parameter], TraceConfig], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[dict[str, Any]], TraceConfig], torch.optim.Optimizer]
+"""(parameter groups as torch takes them, one an adapter, named in its key `adapter`; args) -> optimiser."""
 
 
 class ShardedTrainer(Trainer):
@@ -65,9 +66,11 @@ class ShardedTrainer(Trainer):
                 "know: train with FSDP2 or with replicas"
             )
         if self.optimizer is None and self._optimizer_factory is not None:
-            self.optimizer = self._optimizer_factory(
-                [p for p in self.model.parameters() if p.requires_grad], self.args
-            )
+            groups = [
+                {"params": list(adapter_parameters(self.model, name).values()), "adapter": name}
+                for name in self.adapters
+            ]
+            self.optimizer = self._optimizer_factory(groups, self.args)
         created = super().create_optimizer(model)
         if self._optimizer_factory is None:
             owner = {id(p): n for n in self.adapters for p in adapter_parameters(self.model, n).values()}
@@ -105,10 +108,14 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Sharded weights are gathered a few at a time into rank 0's memory on the CPU, adapters alone if there are
-        any; then, as always, rank 0 writes."""
-        if not self.sharded:
-            super().save_model(output_dir, _internal_call)
-            return
+        any; then, as always, rank 0 writes. Of an optimiser that has the parameters hold draws: the mean."""
+        with at_mean(self.optimizer):
+            if self.sharded:
+                self._save_gathered(output_dir, _internal_call)
+            else:
+                super().save_model(output_dir, _internal_call)
+
+    def _save_gathered(self, output_dir: str | None, _internal_call: bool) -> None:
         names = (
             None if self.adapter is None else [k for k, _ in self.model.named_parameters() if "lora_" in k]
         )
@@ -137,6 +144,13 @@ class ShardedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_optimizer(self.parallel, self.lr_scheduler, Path(checkpoint))
+
+    def load_optimizer_state(self, checkpoint: str | Path) -> None:
+        """The optimiser as it was at `checkpoint`, without training on: for who reads it. The model must not
+        be sharded yet."""
+        self.create_optimizer()
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state)
 
     def _load_weights(self, checkpoint: str) -> None:
         if self.adapter is not None:

@@ -100,7 +100,7 @@ class TraceTrainer(ShardedTrainer):
         template, verifier: how a problem becomes a prompt, and what counts as right.
         tokenizer: of `model`, when that is not a name.
         evidence: your own e(z) for a group, in place of the phases' evidence: K numbers >= 0.
-        optimizer_factory: (parameters, args) -> optimiser; default AdamW through `args.optim`.
+        optimizer_factory: (parameter groups, args) -> optimiser; default AdamW through `args.optim`.
         engine: what samples and scores; default an HFEngine over `model` with `engine_options`.
 
     Raises UserError for one process that sees several GPUs, an empty data set, duplicate ids, a problem that the

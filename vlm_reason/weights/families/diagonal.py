@@ -70,13 +70,15 @@ class DiagonalGaussian(Posterior):
 
     @classmethod
     def from_ivon(cls, optimizer: IVON, model: PeftModel, adapter: str = "default") -> DiagonalGaussian:
-        """See `Posterior.from_optimizer`. sigma^2 = 1 / (lambda (h + delta)), prior precision lambda delta."""
+        """See `Posterior.from_optimizer`. sigma^2 = 1 / (lambda (h + delta)), prior precision lambda delta. Groups of the
+        optimiser that name another adapter in their key `adapter` are left out."""
         tensors = adapter_tensors(model, adapter)
         key_of = {id(p): key for key, p in tensors.items()}
         mean: Tree = {}
         sigma: Tree = {}
         prior: dict[str, float] = {}
-        for group in optimizer.param_groups:
+        groups = [g for g in optimizer.param_groups if g.get("adapter", adapter) == adapter]
+        for group in groups:
             for p in group["params"]:
                 if id(p) not in key_of:
                     raise UserError(
@@ -86,7 +88,9 @@ class DiagonalGaussian(Posterior):
                 mean[key] = whole(state["mean"])
                 sigma[key] = (group["ess"] * whole(state["precision"])).rsqrt()
                 prior[key] = group["ess"] * group["weight_decay"]
-        first = optimizer.param_groups[0]
+        if not groups:
+            raise UserError(f"the optimiser trains nothing of adapter {adapter!r}")
+        first = groups[0]
         origin = Origin(
             base_fingerprint(model), first["ess"], optimizer.data_size, first["updates"], 1.0, prior
         )
