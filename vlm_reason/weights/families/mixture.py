@@ -2,7 +2,8 @@
 
     q(theta) = sum_k w_k q_k(theta)
 
-(Wilson and Izmailov 2020 for mixtures of SWAG.) What a mixture can do, its components have to.
+(Wilson and Izmailov 2020, arXiv 2002.08791, for mixtures of SWAG.) For a density or a variance of the mixture every
+component has to have one. Its outputs are no Gaussian, so it has no covariance of them: predictions are by draws.
 """
 
 from __future__ import annotations
@@ -117,32 +118,6 @@ class Mixture(Posterior):
             for key in centre
         }
         return {key: value.reciprocal().float() for key, value in variance.items()}
-
-    def output_covariance(self, jacobian: Mapping[str, Tensor]) -> Tensor:
-        """sum_k w_k (J Sigma_k J^T + d_k d_k^T), d_k = J (m_k - sum_j w_j m_j)."""
-        centre = weighted_mean(self._means, self.weights)
-        total = None
-        for (component, weight), mean in zip(self._weighted(), self._means, strict=True):
-            shift = sum(
-                (
-                    jacobian[key].flatten(2).double() @ (mean[key].double() - centre[key].double()).flatten()
-                    for key in self.uncertain()
-                ),
-                torch.zeros(()),
-            )
-            part = (
-                shift[..., :, None] * shift[..., None, :]
-                if isinstance(shift, Tensor) and shift.ndim
-                else None
-            )
-            if component.uncertain():
-                own = component.output_covariance(jacobian)
-                part = own if part is None else part + own
-            if part is not None:
-                total = weight * part if total is None else total + weight * part
-        if total is None:
-            raise UserError("a posterior that is certain of all weights has no covariance")
-        return total
 
     def temper(self, tau: float) -> Mixture:
         """Every component tempered; the spread between components stays."""
