@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.linear_parts import DOWN, UP, Linear, linear_model, rows, up_of
 from vlm_reason.weights import IVON, DiagonalGaussian, Job, Origin, Regression, Training
-from vlm_reason.weights.continual import prior_loss, prior_penalty, start_at, with_prior_precision
+from vlm_reason.weights.continual import prior_loss, prior_penalty, start_from, with_prior_precision
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.merging import merge
 from vlm_reason.weights.posterior import Posterior, base_fingerprint, peft_config_dict
@@ -139,7 +139,7 @@ def test_trained_in_sequence_is_trained_jointly(tasks: list[Task]) -> None:
     old, new = tasks
     first = job_of(new)
     job = replace(job_of(new, epochs=80.0), model=first.model, start=start_of(first, old))
-    start_at(job)
+    start_from(job)
     torch.testing.assert_close(up_of(job.model).detach()[0], exact([old])[0].float())
     train(
         job, loss=prior_loss(job), parameters=[up_of(job.model)],

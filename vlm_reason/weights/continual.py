@@ -8,7 +8,7 @@ that is a quadratic penalty over N: elastic weight consolidation (Kirkpatrick et
 posterior that came out of the fit in place of an estimated Fisher matrix. With a variational optimiser (weight_decay 0,
 lambda = N) the same penalty gives variational continual learning (Nguyen et al. 2018, arXiv 1710.10628).
 
-    start_at(job)                                       # the adapter at the mean of job.start
+    start_from(job)                                     # the adapter at the mean of job.start
     train(job, loss=prior_loss(job))                    # nll + penalty, or nll alone without a start
     posterior = with_prior_precision(posterior, job.start)    # for a fit that saw the new data's curvature alone
 """
@@ -31,7 +31,7 @@ from .posterior import Posterior, adapter_tensors, same_keys
 from .training import Loss, negative_log_likelihood
 
 
-def start_at(job: Job) -> None:
+def start_from(job: Job) -> None:
     """The adapter at the mean of job.start; nothing without one. UserError for a start on another base model or of
     other shapes."""
     if job.start is not None:

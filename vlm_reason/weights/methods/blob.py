@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from ...compat.peft import lora_updates
 from ...errors import UserError
+from ..continual import start_from
 from ..examples import Batch
 from ..families.diagonal import DiagonalGaussian
 from ..flipout import flipout, row_noise
@@ -32,7 +33,6 @@ from ..likelihoods import Likelihood
 from ..per_row import A
 from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
 from ..training import negative_log_likelihood, train
-from .dropout import start_from
 
 
 @dataclass(frozen=True)

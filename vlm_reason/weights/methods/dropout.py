@@ -23,8 +23,10 @@ from transformers import TrainerCallback
 
 from ...compat.peft import Update, lora_updates
 from ...errors import UserError
+from ..continual import start_from
 from ..examples import Batch
 from ..families.masks import FACTOR, Axis, Masks
+from ..held_out import held_out_nll
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood
 from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
@@ -64,12 +66,6 @@ def fit_fixed(job: Job, method: str, p: float, axis: Axis) -> tuple[Masks, FitRe
     trained = train(job, loss=loss, callbacks=[masks])
     posterior = masks_of(job, dict.fromkeys(keys, p), axis)
     return posterior, mask_report(job, method, posterior, trained)
-
-
-def start_from(job: Job) -> None:
-    """Training begins at the mean of job.start, where there is one."""
-    if job.start is not None:
-        job.start.write(job.model, job.start.mean(), job.adapter)
 
 
 def check_probability(name: str, p: float) -> None:
@@ -147,6 +143,8 @@ def masks_of(job: Job, drop: Mapping[str, float], axis: Axis) -> Masks:
 
 def mask_report(job: Job, method: str, posterior: Masks, trained: Trained, **details: float) -> FitReport:
     """train_nll is left out: what was minimised is a mean over masks, `final_loss` (of the last tenth of the steps)."""
-    tail = trained.losses[-max(1, len(trained.losses) // 10) :]
-    own = {"final_loss": sum(tail) / len(tail), "entropy": posterior.entropy(), **details}
-    return FitReport(method, posterior.family, len(job.train), trained.steps, trained.seconds, details=own)
+    own = {"final_loss": trained.final_loss, "entropy": posterior.entropy(), **details}
+    return FitReport(
+        method, posterior.family, len(job.train), trained.steps, trained.seconds,
+        held_out_nll=held_out_nll(posterior, job), details=own,
+    )  # fmt: skip

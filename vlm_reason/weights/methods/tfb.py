@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, nearest
+from ..continual import start_from
 from ..examples import Example, make_batch
 from ..held_out import held_out_nll, nll_of_outputs
 from ..job import FitReport, Job
@@ -28,7 +29,6 @@ from ..likelihoods import Likelihood
 from ..noise_scale import Found, Measure, NoiseScale
 from ..noisy_adapter import NoisyAdapter
 from ..posterior import Posterior
-from .dropout import start_from
 
 Criterion = Literal["nll", "flips"]
 Labels = Literal["given", "predicted"]
