@@ -128,6 +128,9 @@ class _Asked:
         return result
 
     def of_mean(self, mode: str) -> Predictive:
+        if has_closed_form(self.posterior):  # the mean is not all in the adapter
+            m, _ = self._outputs()
+            return self._summed(m[None], m, mode)
         device = next(self.model.parameters()).device
         parts, order = [], []
         for numbers, batch in self.rows.batches(range(len(self.rows)), self.tokens):
@@ -137,6 +140,8 @@ class _Asked:
         return self._summed(f[None], f, mode)
 
     def linearised(self, mode: str) -> Predictive:
+        if has_closed_form(self.posterior):  # linear already
+            return self._gaussian(*self._outputs(), mode, self.link)
         by_draws = not has_covariance(self.posterior)
         if by_draws and self.link == "probit":
             self.posterior._lacks('covariance in closed form: link "probit" needs one')
@@ -157,10 +162,7 @@ class _Asked:
 
     def closed_form(self) -> Predictive:
         if has_closed_form(self.posterior):
-            m, v = closed_form(
-                self.posterior, self.model, self.rows, self.likelihood, self.adapter, self.tokens
-            )
-            return self._gaussian(m, v, "closed_form", self.link)
+            return self._gaussian(*self._outputs(), "closed_form", self.link)
         if not has_covariance(self.posterior):
             self.posterior._lacks("predictive in closed form: use batched")
         if not self.posterior.uncertain():
@@ -176,6 +178,9 @@ class _Asked:
             None,
         )
         return self._gaussian(m, v, "closed_form", "probit")
+
+    def _outputs(self) -> tuple[Tensor, Tensor]:
+        return closed_form(self.posterior, self.model, self.rows, self.likelihood, self.adapter, self.tokens)
 
     def _check_linear(self, mode: str) -> None:
         """What a Gaussian refuses, its draws do too."""
