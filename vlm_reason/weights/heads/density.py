@@ -60,5 +60,6 @@ def fit_density(phi: Tensor, directions: int = DIRECTIONS) -> FeatureDensity:
     total = float(values.sum())
     floor = max(1e-6 * total / size, 1e-12)
     noise = max((total - float(values[:k].sum())) / max(1, size - k), floor)
+    noise = float(torch.tensor(noise))  # as it will be read from a file
     kept = values[:k].clamp_min(noise)
     return FeatureDensity(mean.float(), right[:k].mT.float().contiguous(), kept.float(), noise)
