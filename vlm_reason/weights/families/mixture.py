@@ -54,6 +54,11 @@ class Mixture(Posterior):
                     f"components 0 and {number} were fitted on different base models, with hashes "
                     f"{first.origin.base} and {component.origin.base}"
                 )
+            if type(component).closed_form is not Posterior.closed_form:
+                raise UserError(
+                    f"component {number}, of family {component.family!r}, is uncertain of a head beside the adapter: a "
+                    "mixture draws adapters alone"
+                )
             if component.origin.output_temperature != 1.0:
                 raise UserError(
                     f"component {number} divides its logits by {component.origin.output_temperature}; a mixture has "
