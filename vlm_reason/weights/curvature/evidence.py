@@ -89,7 +89,7 @@ def best_deltas_dense(
     hessian: Tensor, parts: Mapping[str, slice], squares: Mapping[str, float], group_of: Mapping[str, str]
 ) -> dict[str, float]:
     """The same where groups are correlated: MacKay's fixed point delta_g = gamma_g / |theta_g|^2 with
-    gamma_g = n_g - delta_g tr_g(P^-1), until no delta moves by more than 1e-10 of itself."""
+    gamma_g = n_g - delta_g tr_g(P^-1), until no delta moves by more than 1e-7 of itself."""
     groups = sorted(set(group_of.values()))
     index = {
         g: torch.cat([torch.arange(parts[k].start, parts[k].stop) for k in parts if group_of[k] == g])
@@ -109,7 +109,7 @@ def best_deltas_dense(
             new = min(max(new, SMALLEST), LARGEST)
             moved = max(moved, abs(math.log(new / delta[g])))
             delta[g] = new
-        if moved < 1e-10:
+        if moved < 1e-7:
             break
     return {k: delta[group_of[k]] for k in parts}
 

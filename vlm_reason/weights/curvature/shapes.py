@@ -102,14 +102,18 @@ class KroneckerShape(Shape):
     def __init__(self, curvature: KroneckerCurvature, centre: Centre, temperature: float) -> None:
         self.centre = centre
         self.blocks: dict[str, Kronecker] = {}
-        to, shared = centre.dtype, {}
+        shared: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def held(tensor: Tensor) -> Tensor:  # laid out as it is when read from a file: the same rounding then
+            return tensor.to("cpu", centre.dtype).contiguous()
+
         for key, found in curvature.result().items():
             if found.same not in shared:
-                shared[found.same] = (found.large_vectors.to("cpu", to), found.large_values.to("cpu", to))
+                shared[found.same] = held(found.large_vectors), held(found.large_values)
             u, q = shared[found.same]
-            s = (found.small_values / temperature).to(to)
-            zero = torch.zeros((), dtype=to)
-            self.blocks[key] = Kronecker(found.small_vectors.to(to), s, u, q, zero + found.rest, zero)
+            v, s = held(found.small_vectors), held(found.small_values / temperature)
+            zero = torch.zeros((), dtype=centre.dtype)
+            self.blocks[key] = Kronecker(v, s, u, q, zero + found.rest, zero)
         self.keys = sorted(self.blocks)
 
     def spectra(self) -> dict[str, Spectrum]:
@@ -177,7 +181,7 @@ class FullShape(Shape):
         return Dense.of(self.h + prior.diag()).log_det()
 
     def _with(self, prior: Tensor, origin: Origin) -> FullGaussian:
-        block = Dense(Dense.of(self.h + prior.diag()).factor.to(self.centre.dtype))
+        block = Dense(Dense.of(self.h + prior.diag()).factor.to(self.centre.dtype).contiguous())
         return FullGaussian.of(self.centre.config, self.centre.mean, self.keys, block, origin)
 
 
@@ -198,7 +202,11 @@ class CoreShape(Shape):
 
     def posterior(self, deltas: Mapping[str, float], origin: Origin) -> CoreGaussian:
         blocks = {
-            k: Dense(Dense.of(h + deltas[k] * torch.eye(len(h), dtype=h.dtype)).factor.to(self.centre.dtype))
+            k: Dense(
+                Dense.of(h + deltas[k] * torch.eye(len(h), dtype=h.dtype))
+                .factor.to(self.centre.dtype)
+                .contiguous()
+            )
             for k, h in self.h.items()
         }
         return CoreGaussian(self.centre.config, self.centre.mean, blocks, origin)
