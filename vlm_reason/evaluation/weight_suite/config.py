@@ -33,9 +33,9 @@ class SetEntry:
 
     task: TaskSpec
     eval_task: TaskSpec
-    train: int = 160
+    train: int = 100
     held_out: int = 40
-    test: int = 250
+    test: int = 200
     labels: tuple[str, ...] = ()
     template: str | dict[str, Any] = "labels"
     out_of_domain: str | None = None
