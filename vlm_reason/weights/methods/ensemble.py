@@ -41,11 +41,13 @@ class Ensemble:
             raise UserError(f"ensemble: members must be >= 2, got {self.members} (1 is method map)")
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
+        if job.start is not None:
+            raise UserError("ensemble: every member begins anew, so a start has no meaning: leave it out")
         given = {k: whole(v) for k, v in adapter_tensors(job.model, job.adapter).items()}
         trees: list[Tree] = []
         losses, steps, seconds = [], 0, 0.0
         for m in range(self.members):
-            _write(job, given if m == 0 else anew(given, member_seed(job.seed, m)))
+            put(job, given if m == 0 else anew(given, member_seed(job.seed, m)))
             trained = train(replace(job, seed=member_seed(job.seed, m)), name=f"member{m:03d}")
             trees.append({k: whole(v) for k, v in adapter_tensors(job.model, job.adapter).items()})
             losses.append(trained.final_loss)
@@ -89,7 +91,8 @@ def anew(given: Tree, seed: int) -> Tree:
     return tree
 
 
-def _write(job: Job, tree: Tree) -> None:
+def put(job: Job, tree: Tree) -> None:
+    """The adapter's weights set to `tree`."""
     with torch.no_grad():
         for key, p in adapter_tensors(job.model, job.adapter).items():
             value: Tensor = tree[key]
