@@ -170,6 +170,10 @@ class Dense:
 
     factor: Tensor
 
+    def __post_init__(self) -> None:
+        """In the layout a file brings back: other strides round differently."""
+        object.__setattr__(self, "factor", self.factor.contiguous())
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.factor),)

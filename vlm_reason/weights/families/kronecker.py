@@ -40,6 +40,11 @@ class Kronecker:
     rest: Tensor
     delta: Tensor
 
+    def __post_init__(self) -> None:
+        """In the layout a file brings back: other strides round differently."""
+        for part in PARTS:
+            object.__setattr__(self, part, getattr(self, part).contiguous())
+
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.small_vectors), len(self.large_vectors)
