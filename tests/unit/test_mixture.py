@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from tests.chain_parts import same_trees
+from tests.chain_parts import examples, same_trees, state_of, tiny_job
 from vlm_reason.errors import UserError
-from vlm_reason.weights import DiagonalGaussian, Origin, Posterior
+from vlm_reason.weights import METHODS, DiagonalGaussian, Origin, Posterior
 from vlm_reason.weights.artefact import Tree
 from vlm_reason.weights.families.low_rank_plus_diagonal import LowRankPlusDiagonal
 from vlm_reason.weights.families.mixture import Mixture
@@ -139,3 +141,30 @@ def test_components_that_do_not_belong_together_are_refused() -> None:
     for call, said in ((three().kl, "KL"), (lambda: three().output_covariance({}), "covariance")):
         with pytest.raises(UserError, match=f"'mixture' has no {said}"):
             call()
+
+
+# --------------------------------------------------------------------------------------------------- the method
+
+
+def test_several_runs_are_one_mixture(tiny_llama: Any, tmp_path: Path) -> None:
+    method = METHODS["mixture"](method="swag", options={"rank": 2}, members=2)
+    job = tiny_job(copy.deepcopy(tiny_llama), 1, held_out=examples(5), output_dir=tmp_path)
+    mixture, report = method.fit(job)
+    assert (
+        isinstance(mixture, Mixture)
+        and [c.family for c in mixture.components] == ["low_rank_plus_diagonal"] * 2
+    )
+    alone, one = METHODS["swag"](rank=2).fit(tiny_job(copy.deepcopy(tiny_llama), 1, held_out=examples(5)))
+    assert same_trees([mixture.components[0].mean()], [alone.mean()])
+    a = [key for key in alone.mean() if "lora_A" in key]
+    assert all(not torch.equal(mixture.components[1].mean()[key], alone.mean()[key]) for key in a)
+    scores = report.details["held_out_nll"]
+    assert scores[0] == one.held_out_nll and report.steps == 12
+    best = min(range(2), key=lambda m: scores[m])
+    assert same_trees([mixture.mean(), state_of(job)], [mixture.components[best].mean()] * 2)
+    with pytest.raises(UserError, match=r"unknown method 'swagg'.*'swag'"):
+        METHODS["mixture"](method="swagg")
+    with pytest.raises(UserError, match="members must be at least 2, got 1"):
+        METHODS["mixture"](members=1)
+    with pytest.raises(UserError, match="leave the start of the job out"):
+        METHODS["mixture"]().fit(tiny_job(copy.deepcopy(tiny_llama), 1, start=alone))

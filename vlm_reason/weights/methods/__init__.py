@@ -12,6 +12,7 @@ from .ivon import IVON
 from .langevin import Langevin
 from .laplace import Laplace
 from .map import MAP
+from .mixture import MixtureOf
 from .rank_masks import RankMasks
 from .swag import SWAG
 from .temperature import Temperature
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "langevin": Langevin,
     "laplace": Laplace,
     "map": MAP,
+    "mixture": MixtureOf,
     "rank_masks": RankMasks,
     "swag": SWAG,
     "temperature": Temperature,
