@@ -38,7 +38,8 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.register_buffer("centre", centre.detach().clone())
         self.register_buffer("scale", torch.tensor(float(scale), dtype=centre.dtype))
-        self.register_buffer("projection", projection)
+        # in the layout a file brings back: other strides round differently
+        self.register_buffer("projection", None if projection is None else projection.contiguous())
         self.intercept = intercept
 
     @property
