@@ -139,7 +139,7 @@ _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def _t_quantile(df: int) -> float:
-    """0.975 quantile of Student's t; beyond the table Fisher's expansion, good to 0.002."""
+    """0.975 quantile of Student's t; beyond the table Cornish and Fisher's expansion, within 0.003."""
     if df <= len(_T_975):
         return _T_975[df - 1]
     z = 1.959964

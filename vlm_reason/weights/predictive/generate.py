@@ -13,7 +13,7 @@ serves side by side. The mixture token by token is another model: engines/token_
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ...engines.base import Law
 from ...engines.draw import draw as draw_tokens
@@ -137,13 +137,25 @@ def _decode(
         eos_token_id=list(eos) or None,
         pad_token_id=eos[0] if eos else 0,
     )
-    out = cast(Any, causal).generate(
-        ids.repeat(draws, 1).to(causal.device), attention_mask=mask.repeat(draws, 1).to(causal.device),
-        generation_config=config, use_model_defaults=False,
-        logits_processor=LogitsProcessorList([] if tokens is None else [tokens]),
-    )  # fmt: skip
+    with _own_settings(causal):
+        out = cast(Any, causal).generate(
+            ids.repeat(draws, 1).to(causal.device), attention_mask=mask.repeat(draws, 1).to(causal.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([] if tokens is None else [tokens]),
+        )  # fmt: skip
     texts = [_until(row, eos) for row in out[:, width:].tolist()]
     return [texts[s * len(prompts) : (s + 1) * len(prompts)] for s in range(draws)]
+
+
+@contextmanager
+def _own_settings(causal: PreTrainedModel) -> Iterator[None]:
+    """Without what the model's own generation_config.json has for whatever a call leaves open: penalties, end tokens."""
+    own = causal.generation_config
+    causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.generation_config = own
 
 
 def _until(ids: list[int], eos: Ids) -> Ids:

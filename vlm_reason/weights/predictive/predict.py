@@ -15,12 +15,12 @@ from ...engines.hf import evaluating
 from ...errors import UserError, nearest
 from ...models.adapters import use_adapter
 from ..examples import Batch, Example
-from ..likelihoods import Likelihood
+from ..likelihoods import Likelihood, Regression, Tokens
 from .draws import Outputs, Stop, adapter_kept, outputs_of_draws, way_of
 from .gaussian import closed_form, has_closed_form, has_covariance, linearised
 from .result import Predictive
 from .rows import Rows
-from .summary import joined, of_draws, of_gaussian, only, taken
+from .summary import joined, of_draws, of_gaussian, only, refuse_sequences, taken
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -62,6 +62,8 @@ def predictive(
     if until is not None:
         if not until > 0:
             raise UserError(f"until must be > 0 nats, got {until}")
+        if isinstance(likelihood, Regression | Tokens):
+            raise UserError(f"until is for entropies of classes, and {type(likelihood).__name__} has none")
         at_least = max(2, at_least)
         stop = Stop(
             until, max(4, at_least + at_least % 2) if antithetic else at_least
@@ -146,8 +148,7 @@ class _Asked:
         if by_draws and self.link == "probit":
             self.posterior._lacks('covariance in closed form: link "probit" needs one')
         draws = list(self.posterior.sample(self.n, self.seed, self.antithetic)) if by_draws else None
-        if by_draws:
-            self._check_linear(mode)
+        refuse_sequences(self.likelihood, mode)
         m, found = linearised(
             self.posterior,
             self.model,
@@ -161,6 +162,7 @@ class _Asked:
         return self._summed(found, m, mode) if by_draws else self._gaussian(m, found, mode, self.link)
 
     def closed_form(self) -> Predictive:
+        refuse_sequences(self.likelihood, "closed_form")
         if has_closed_form(self.posterior):
             return self._gaussian(*self._outputs(), "closed_form", self.link)
         if not has_covariance(self.posterior):
@@ -181,13 +183,6 @@ class _Asked:
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
         return closed_form(self.posterior, self.model, self.rows, self.likelihood, self.adapter, self.tokens)
-
-    def _check_linear(self, mode: str) -> None:
-        """What a Gaussian refuses, its draws do too."""
-        nothing = torch.zeros(1, 1)
-        of_gaussian(
-            self.likelihood, nothing, nothing[..., None], self._targets([0]), mode, self.link, 1, keep=False
-        )
 
     def _targets(self, index: Sequence[int] | None = None) -> Batch:
         return only(self.rows.batch, range(len(self.rows)) if index is None else index)

@@ -69,11 +69,8 @@ def of_gaussian(
 ) -> Predictive:
     """m [B, C], v [B, C, C]. Regression is exact; classes by draws of f, or with their probabilities by the probit.
 
-    UserError for Tokens: exp of a Gaussian log-probability is no probability."""
-    if isinstance(likelihood, Tokens):
-        raise UserError(
-            f"mode {mode!r} is for logits and means; the log-probability of a sequence is no Gaussian: use batched"
-        )
+    UserError for Tokens."""
+    refuse_sequences(likelihood, mode)
     m, v = _tempered(likelihood, m.double(), temperature), v.double() / temperature**2
     spread = v.diagonal(dim1=-2, dim2=-1)
     if isinstance(likelihood, Regression):
@@ -93,6 +90,14 @@ def of_gaussian(
         kept = f[:n].float() if keep else None
         parts.append(replace(part, logit_variance=spread[rows], logits=kept))
     return joined(parts)
+
+
+def refuse_sequences(likelihood: Likelihood, mode: str) -> None:
+    """UserError for Tokens: exp of a Gaussian log-probability is no probability."""
+    if isinstance(likelihood, Tokens):
+        raise UserError(
+            f"mode {mode!r} is for logits and means; the log-probability of a sequence is no Gaussian: use batched"
+        )
 
 
 def draws_of_outputs(m: Tensor, v: Tensor, n: int, seed: int) -> Tensor:
