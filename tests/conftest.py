@@ -44,6 +44,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fixed seeds. One thread too, except where the built-in model runs: tiny tensors are faster without a pool."""
