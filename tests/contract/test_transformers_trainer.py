@@ -1,4 +1,4 @@
-"""What TraceTrainer relies on in `transformers.Trainer`, private methods included.
+"""What our trainers rely on in `transformers.Trainer`, private methods included.
 
 A new transformers that changes one of these facts fails here, with a line saying which fact, before it can change a
 loss or a checkpoint silently.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vlm_reason.traces import TraceTrainer
 from vlm_reason.traces.sharded import ShardedTrainer
+from vlm_reason.weights.training import AdapterTrainer
 
 SIGNATURES: dict[Callable[..., Any], str] = {
     Trainer.train: "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
@@ -38,6 +40,8 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     Trainer._save_optimizer_and_scheduler: "self, output_dir",
     Trainer._load_optimizer_and_scheduler: "self, checkpoint",
     Trainer.get_train_dataloader: "self",
+    Trainer._clip_grad_norm: "self, model",
+    Trainer.floating_point_ops: "self, inputs",
     Trainer._wrap_model: "self, model, training=True, dataloader=None",
     Trainer._prepare_for_training: "self, max_steps, train_dataloader, resume_from_checkpoint",
     rotate_checkpoints: (
@@ -45,7 +49,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
         "checkpoint_prefix='checkpoint'"
     ),
 }
-OURS = (TraceTrainer, ShardedTrainer)
+OURS = (TraceTrainer, ShardedTrainer, AdapterTrainer)
 PYTHON_OWN = {"__init__", "__module__", "__doc__", "__annotations__"}
 
 
@@ -59,7 +63,7 @@ def parameters(function: Callable[..., Any]) -> str:
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
 def test_signatures_are_the_ones_overridden_and_called(function):
     assert parameters(function) == SIGNATURES[function], (
-        f"transformers changed the parameters of {function.__qualname__}: adapt TraceTrainer, then this pin"
+        f"transformers changed the parameters of {function.__qualname__}: adapt our trainers, then this pin"
     )
 
 
@@ -68,11 +72,11 @@ def test_every_override_is_pinned():
     own = {name for ours in OURS for name in vars(ours) if name not in PYTHON_OWN}
     overridden = {name for name in own if hasattr(Trainer, name)}
     pinned = {f.__name__ for f in SIGNATURES if f is not rotate_checkpoints}
-    assert overridden == pinned, "TraceTrainer overrides something else than what this file pins"
-    for name in sorted(overridden):
-        ours = list(inspect.signature(getattr(TraceTrainer, name)).parameters)
+    assert overridden == pinned, "our trainers override something else than what this file pins"
+    for trainer, name in product(OURS, sorted(overridden)):
+        ours = list(inspect.signature(getattr(trainer, name)).parameters)
         theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
-        assert ours == theirs, f"TraceTrainer.{name} takes other arguments than transformers passes"
+        assert ours == theirs, f"{trainer.__name__}.{name} takes other arguments than transformers passes"
 
 
 # ---- the loop, watched ---------------------------------------------------------------------------------------

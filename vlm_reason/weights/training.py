@@ -108,7 +108,7 @@ def train(
                 optimizer.load_state_dict(found.optimizer_state())
                 losses = found.losses()
             else:
-                trainer = _Trainer(job, loss, chosen, optimizer, args, steps, callbacks, dropout)
+                trainer = AdapterTrainer(job, loss, chosen, optimizer, args, steps, callbacks, dropout)
                 trainer.identity, trainer.stateful = identity, stateful
                 trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
                 losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -226,7 +226,7 @@ def _first(rows: Sequence[dict[str, int]]) -> dict[str, int]:
     return rows[0]
 
 
-class _Trainer(Trainer):
+class AdapterTrainer(Trainer):
     """What it overrides is pinned in tests/contract/test_transformers_trainer.py."""
 
     def __init__(
