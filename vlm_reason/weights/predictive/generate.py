@@ -149,7 +149,7 @@ def _decode(
 
 @contextmanager
 def _own_settings(causal: PreTrainedModel) -> Iterator[None]:
-    """Without what the model's own generation_config.json has for whatever a call leaves open: penalties, end tokens."""
+    """Without what the model's own generation_config.json has for what a call leaves open: penalties, end tokens."""
     own = causal.generation_config
     causal.generation_config = GenerationConfig()
     try:

@@ -201,14 +201,14 @@ class _Asked:
 
     def _adaptive(self, found: Outputs, mode: str) -> Predictive:
         """Examples that had the same number of draws together."""
-        parts, order = [], []
+        parts, order, most = [], [], int(found.used.max())
         for count in found.used.unique().tolist():
             index = (found.used == count).nonzero().squeeze(-1).tolist()
             mean = None if found.mean is None else found.mean[index]
             part = self._summed(found.f[:count, index], mean, mode, index)
             if part.logits is not None:
-                part = replace(part, logits=found.f[:, index] / self.posterior.origin.output_temperature)
+                part = replace(part, logits=found.f[:most, index] / self.posterior.origin.output_temperature)
             parts.append(part)
             order += index
         result = taken(joined(parts), torch.tensor(order).argsort().tolist())
-        return replace(result, n=int(found.used.max()), draws_used=found.used)
+        return replace(result, n=most, draws_used=found.used)
