@@ -255,6 +255,9 @@ def test_a_chain_stopped_and_started_again_gives_the_same_particles(
     stop_after(0)
     finished, _ = method.fit(read_back)
     assert isinstance(finished, Particles) and same_trees(finished.trees(), straight.trees())
+    colder = METHODS[name](**settings, temperature=1e-9)
+    with pytest.raises(UserError, match="choose another output_dir"):
+        colder.fit(read_back)
 
 
 def test_what_a_chain_keeps_is_the_chain(tiny_llama: Any) -> None:

@@ -148,7 +148,7 @@ def test_a_round_trip_and_wrong_shapes(tmp_path: Path) -> None:
 
 
 def path(job: Any, count: int, rank: int) -> tuple[PathMoments, list[Tree]]:
-    moments = PathMoments(job, [], rank)
+    moments = PathMoments(job, [], SWAG(rank=rank))
     start = state_of(job)
     torch.manual_seed(2)
     trees = [{k: v + 1e-3 * torch.randn_like(v) for k, v in start.items()} for _ in range(count)]
@@ -220,7 +220,11 @@ def test_a_run_stopped_and_started_again_is_the_same_posterior(tiny_llama: Any, 
         method.fit(stopped)
     again, _ = method.fit(tiny_job(copy.deepcopy(tiny_llama), 2, output_dir=tmp_path / "run"))
     assert same_trees([again.tensors(), again.mean()], [straight.tensors(), straight.mean()])
-    with pytest.raises(UserError, match="another start, collect_steps or rank"):
+    wider, _ = SWAG(rank=3, scale=2.0).fit(
+        tiny_job(copy.deepcopy(tiny_llama), 2, output_dir=tmp_path / "run")
+    )
+    assert same_trees([wider.mean()], [straight.mean()])  # scale has no part in the run
+    with pytest.raises(UserError, match=r"of SWAG\(.*rank=3.*, this run is SWAG\(.*rank=2"):
         SWAG(rank=2).fit(tiny_job(copy.deepcopy(tiny_llama), 2, output_dir=tmp_path / "run"))
     saved = straight.save(tmp_path / "posterior")
     stock = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), saved)

@@ -38,10 +38,11 @@ class SetEveryStep(TrainerCallback):
 
 
 class TakeStates(TrainerCallback):
-    """`read()` after each of the steps `at`, counted from 1; kept in `states`, which checkpoints hold too."""
+    """`read()` after each of the steps `at`, counted from 1; kept in `states`, which checkpoints hold too. method: the
+    settings of the run, which a checkpoint must have been made with."""
 
-    def __init__(self, at: Iterable[int], read: Callable[[], list[Tree]]) -> None:
-        self.at, self.read = frozenset(at), read
+    def __init__(self, at: Iterable[int], read: Callable[[], list[Tree]], method: object) -> None:
+        self.at, self.read, self.method = frozenset(at), read, method
         self.states: list[Tree] = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -49,15 +50,20 @@ class TakeStates(TrainerCallback):
             self.states += self.read()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at": sorted(self.at), "states": self.states}
+        return {"method": repr(self.method), "states": self.states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if sorted(self.at) != state["at"]:
-            raise UserError(
-                f"the checkpoint is of a run that keeps its state after steps {_few(state['at'])}, this one does after "
-                f"{_few(sorted(self.at))}: choose another output_dir, or go back to its settings"
-            )
+        check_method(self.method, state["method"])
         self.states = list(state["states"])
+
+
+def check_method(method: object, before: str) -> None:
+    """UserError where a checkpoint was made with other settings."""
+    if repr(method) != before:
+        raise UserError(
+            f"the checkpoint is of {before}, this run is {method!r}: choose another output_dir, or go back to those "
+            "settings"
+        )
 
 
 def adapter_state(job: Job) -> Tree:
@@ -87,6 +93,7 @@ def in_cycles(schedule: CyclicalSchedule, count: int) -> list[int]:
 def fit_chain(
     job: Job,
     name: str,
+    method: object,
     make_optimizer: MakeOptimizer,
     settings: Settings,
     at: list[int],
@@ -96,14 +103,15 @@ def fit_chain(
     details: Mapping[str, Any] | None = None,
 ) -> tuple[Particles, FitReport]:
     """Run a chain from the job's adapter (or the mean of job.start) and keep what `read` gives after the steps `at`, as
-    equal particles. Gradients are not clipped: that would be the chain of another density. mean: as for `Particles`."""
+    equal particles. method: its settings. Gradients are not clipped: that would be the chain of another density. mean:
+    as for `Particles`."""
     if not at:
         raise UserError(
             f"{name}: the run is too short to keep a state: train for more epochs, or lower burn_in"
         )
     if job.start is not None:
         job.start.write(job.model, job.start.mean(), job.adapter)
-    states = TakeStates(at, read)
+    states = TakeStates(at, read, method)
     trained = train(
         replace(job, training=replace(job.training, max_grad_norm=0.0)),
         make_optimizer=make_optimizer, callbacks=[SetEveryStep(settings), states], name=name,
@@ -121,8 +129,3 @@ def fit_chain(
     )  # fmt: skip
     posterior.write(job.model, posterior.mean(), job.adapter)
     return posterior, report
-
-
-def _few(steps: list[int]) -> str:
-    shown = ", ".join(str(s) for s in steps[:3])
-    return shown + (", ..." if len(steps) > 3 else "")

@@ -10,7 +10,7 @@ of a batch goes through a member that hash(seed, step, example) picks, in one fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from ...compat.peft import Update, lora_updates
 from ...errors import UserError
 from ..artefact import Tree
+from ..chains import check_method
 from ..examples import Batch
 from ..families.particles import Particles
 from ..held_out import held_out_nll
@@ -58,7 +59,7 @@ class BatchEnsemble:
         if job.start is not None:
             job.start.write(job.model, job.start.mean(), job.adapter)
         factors = RankOneFactors.around_one(job, self.members, self.spread)
-        step = _Step()
+        step = _Step(self)
 
         def loss(model: PeftModel, batch: Batch, likelihood: Likelihood) -> Tensor:
             which = members_of(batch.ids, self.members, job.seed, step.now)
@@ -160,7 +161,14 @@ def _normals(draw: Draw, rows: int, size: int) -> Tensor:
 class _Step(TrainerCallback):
     """The number of the step under way."""
 
-    now = 0
+    def __init__(self, method: BatchEnsemble) -> None:
+        self.now, self.method = 0, method
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.now = state.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": repr(self.method)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_method(self.method, state["method"])

@@ -75,7 +75,7 @@ class Langevin:
                 return {"lr": self._lr * min(1.0, (step + 1) / (warmup + 1))}
 
         return fit_chain(
-            job, "langevin", lambda parameters, _: self._optimizer(job, parameters), settings, at,
+            job, "langevin", self, lambda parameters, _: self._optimizer(job, parameters), settings, at,
             lambda: [adapter_state(job)], self.prior_precision, mean=len(at) - 1 if cyclical else None,
             details={"kind": self.kind},
         )  # fmt: skip

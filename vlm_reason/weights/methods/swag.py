@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from ...errors import UserError
 from ..artefact import Tree
-from ..chains import SetEveryStep, adapter_state
+from ..chains import SetEveryStep, adapter_state, check_method
 from ..families.low_rank_plus_diagonal import LowRankPlusDiagonal
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
@@ -76,7 +76,7 @@ class SWAG:
         notes = self.notes(job)
         if job.start is not None:
             job.start.write(job.model, job.start.mean(), job.adapter)
-        path = PathMoments(job, notes, self.rank)
+        path = PathMoments(job, notes, self)
         callbacks = [SetEveryStep(lambda step: {"lr": self.rate(job, notes, step)}), path]
         trained = train(job, callbacks=callbacks, name="swag")
         posterior = self.posterior(job, path)
@@ -133,8 +133,9 @@ class SWAG:
 class PathMoments(TrainerCallback):
     """Mean and summed squared deviations of the noted weights (Welford's update), and the last `rank` of them."""
 
-    def __init__(self, job: Job, notes: list[int], rank: int) -> None:
-        self.job, self.notes, self.rank = job, frozenset(notes), rank
+    def __init__(self, job: Job, notes: list[int], method: SWAG) -> None:
+        self.job, self.notes, self.rank = job, frozenset(notes), method.rank
+        self.method = replace(method, scale=1.0)  # which has no part in the run
         self.count = 0
         self.mean: Tree = {}
         self.squares: Tree = {}
@@ -156,16 +157,12 @@ class PathMoments(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "notes": sorted(self.notes), "count": self.count, "mean": self.mean, "squares": self.squares,
+            "method": repr(self.method), "count": self.count, "mean": self.mean, "squares": self.squares,
             "last": self.last,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["notes"] != sorted(self.notes) or len(state["last"]) != min(state["count"], self.rank):
-            raise UserError(
-                "the checkpoint is of a SWAG run with another start, collect_steps or rank: choose another output_dir, "
-                "or go back to its settings"
-            )
+        check_method(self.method, state["method"])
         self.count, self.mean, self.squares = state["count"], dict(state["mean"]), dict(state["squares"])
         self.last = list(state["last"])
 
