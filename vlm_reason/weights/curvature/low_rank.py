@@ -26,7 +26,8 @@ class LowRank:
 
     def add(self, rows: Tensor) -> None:
         """rows [m, d], fp32 or fp64."""
-        self.trace += float(rows.double().square().sum())
+        squares = torch.bmm(rows[:, None], rows[:, :, None])  # without a copy of the rows
+        self.trace += float(squares.double().sum())
         self._update(rows)
 
     def merge(self, other: LowRank) -> None:
@@ -63,15 +64,15 @@ class LowRank:
             gram = rows.mT @ rows
             self._held = gram if self._held is None else self._held.add_(gram)
             return
-        both = rows if self._held is None else torch.cat([self._held, rows])
-        if len(both) <= _SMALL:
-            _, values, vectors = torch.linalg.svd(both, full_matrices=False)
+        parts = [rows] if self._held is None else [self._held, rows]
+        if sum(len(part) for part in parts) <= _SMALL:
+            _, values, vectors = torch.linalg.svd(torch.cat(parts), full_matrices=False)
             self._held = values[: self.rank, None] * vectors[: self.rank]
             return
-        basis = self._start(both)
+        basis = self._start(rows)
         for _ in range(_ITERATIONS):
-            basis = torch.linalg.qr(both.mT @ (both @ basis)).Q
-        _, values, vectors = torch.linalg.svd(both @ basis, full_matrices=False)
+            basis = torch.linalg.qr(torch.stack([p.mT @ (p @ basis) for p in parts]).sum(0)).Q
+        _, values, vectors = torch.linalg.svd(torch.cat([p @ basis for p in parts]), full_matrices=False)
         self._held = values[: self.rank, None] * (vectors[: self.rank] @ basis.mT)
 
     def _start(self, rows: Tensor) -> Tensor:
