@@ -138,7 +138,7 @@ def test_structures_from_a_precision() -> None:
 
 def test_elbo_with_a_full_covariance_is_the_evidence() -> None:
     data = regression()
-    given = HeadSettings(covariance="full", noise_variance=0.09, learn_prior=False)
+    given = HeadSettings(covariance="full", noise_variance=0.09, prior_scale=1.0, learn_prior=False)
     _, fitted = fit_head(RegressionTask(), data, given)
     exact = float(log_evidence(data.phi, data.target, torch.tensor([0.09]).double(), 1.0))
     assert fitted.steps == 0
@@ -149,7 +149,9 @@ def test_elbo_with_a_full_covariance_is_the_evidence() -> None:
 def test_elbo_is_below_the_evidence(structure: str) -> None:
     data = regression()
     exact = float(log_evidence(data.phi, data.target, torch.tensor([0.09]).double(), 1.0))
-    s = HeadSettings(covariance=structure, rank=2, noise_variance=0.09, learn_prior=False, steps=200)
+    s = HeadSettings(
+        covariance=structure, rank=2, noise_variance=0.09, prior_scale=1.0, learn_prior=False, steps=200
+    )
     _, fitted = fit_head(RegressionTask(), data, s)
     assert fitted.elbo_start <= fitted.elbo + 1e-9
     assert exact - 2 < len(data) * fitted.elbo < exact
@@ -157,7 +159,9 @@ def test_elbo_is_below_the_evidence(structure: str) -> None:
 
 def test_regression_posterior_is_the_conjugate_one() -> None:
     data = regression()
-    head, _ = fit_head(RegressionTask(), data, HeadSettings(noise_variance=0.09, learn_prior=False))
+    head, _ = fit_head(
+        RegressionTask(), data, HeadSettings(noise_variance=0.09, prior_scale=1.0, learn_prior=False)
+    )
     precision = data.phi.mT @ data.phi / 0.09 + torch.eye(6).double()
     mean = torch.linalg.solve(precision, data.phi.mT @ data.target[:, 0] / 0.09)
     assert torch.allclose(head.mean[0], mean, atol=1e-9)
@@ -180,7 +184,7 @@ def test_learnt_noise_and_prior_maximise_the_evidence() -> None:
 @pytest.mark.parametrize("structure", ["diagonal", "full"])
 def test_several_outputs_are_so_many_regressions(structure: str) -> None:
     data = regression(outputs=3)
-    s = HeadSettings(covariance=structure, noise_variance=0.2, learn_prior=False)
+    s = HeadSettings(covariance=structure, noise_variance=0.2, prior_scale=1.0, learn_prior=False)
     _, whole = fit_head(RegressionTask(3), data, s)
     ones = []
     for c in range(3):
@@ -276,7 +280,7 @@ def test_binary_elbo_is_below_the_evidence_by_quadrature() -> None:
     values = {}
     for bound in ("jensen", "monte_carlo"):
         task = ClassificationTask(2, bound)
-        _, fitted = fit_head(task, data, HeadSettings(learn_prior=False, steps=250))
+        _, fitted = fit_head(task, data, HeadSettings(prior_scale=1.0, learn_prior=False, steps=250))
         values[bound] = 30 * fitted.elbo
     # Rows are independent under q, so it cannot be tight: only w_0 - w_1 is informed, and w_0 + w_1 is as in the prior.
     assert values["jensen"] < values["monte_carlo"] < math.log(evidence)
@@ -287,7 +291,7 @@ def test_steps_raise_the_bound_to_its_maximum() -> None:
     """Two classes, where the bound has no noise: L-BFGS from elsewhere ends at the same value."""
     data = classes(count=2)
     task = ClassificationTask(2)
-    head, fitted = fit_head(task, data, HeadSettings(learn_prior=False, steps=300))
+    head, fitted = fit_head(task, data, HeadSettings(prior_scale=1.0, learn_prior=False, steps=300))
     assert fitted.elbo > fitted.elbo_start + 0.01
     best = Head(torch.zeros(2, 4).double(), Full(torch.eye(4).double().expand(2, 4, 4)), 1.0)
     optimizer = torch.optim.LBFGS(best.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -309,7 +313,7 @@ def test_offsets_are_part_of_the_outputs() -> None:
     torch.manual_seed(0)
     w = torch.randn(3, 4).double()
     with_offset = Data(data.phi, data.phi @ w.mT, data.target)
-    head, _ = fit_head(ClassificationTask(3), with_offset, HeadSettings(steps=0))
+    head, _ = fit_head(ClassificationTask(3), with_offset, HeadSettings(steps=0, prior_scale=1.0))
     assert bool((head.mean == 0).all())  # predictions start as what the offset says
     curvature = (data.phi @ w.mT).softmax(-1)
     weight = (curvature * (1 - curvature))[:, 0]
@@ -346,7 +350,7 @@ def test_reward_elbo_is_nearly_the_evidence_of_one_feature() -> None:
     u = torch.linspace(-10, 10, 4001).double()
     prior = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
     evidence = float((prior * F.logsigmoid(d[:, 0] * u[:, None]).sum(-1).exp()).sum() * (u[1] - u[0]))
-    _, fitted = fit_head(RewardTask(), data, HeadSettings(learn_prior=False))
+    _, fitted = fit_head(RewardTask(), data, HeadSettings(prior_scale=1.0, learn_prior=False))
     assert math.log(evidence) - 0.05 < 25 * fitted.elbo < math.log(evidence)
 
 

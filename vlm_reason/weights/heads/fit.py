@@ -52,19 +52,21 @@ class Data:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """covariance, rank, shared: structure of S; prior_scale: s, and learn_prior whether it moves with the fit;
-    noise_variance of a regression: None is learnt; steps of Adam on batch_size rows (all of them where there are
-    fewer), its rate falling to 0 along a half cosine."""
+    """covariance, rank, shared: structure of S.
+    prior_scale: s; learn_prior: whether it moves to its best with the fit; None: of a regression alone, where the bound
+    can be tight. Of classes it tends to shrink s until nothing is learnt, the more so the looser the bound.
+    noise_variance: of a regression; None is learnt.
+    steps: of Adam, on batch_size rows or all there are, its rate falling to 0 along a half cosine."""
 
     covariance: str = "full"
     rank: int = 8
     shared: bool = False
-    prior_scale: float = 1.0
-    learn_prior: bool = True
+    prior_scale: float = 3.0
+    learn_prior: bool | None = None
     noise_variance: float | None = None
     steps: int = 300
     batch_size: int = 256
-    learning_rate: float = 0.03
+    learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
         check_structure(self.covariance, self.rank)
@@ -77,6 +79,9 @@ class HeadSettings:
                 "steps must be >= 0, batch_size >= 1, learning_rate > 0; got "
                 f"{self.steps}, {self.batch_size}, {self.learning_rate}"
             )
+
+    def learns_prior(self, task: Task) -> bool:
+        return task.kind == "regression" if self.learn_prior is None else self.learn_prior
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,12 @@ def fit_head(task: Task, data: Data, settings: HeadSettings, seed: int = 0) -> t
     check_data(task, data)
     began = time.perf_counter()
     head = start(task, data.double(), settings).to(data.phi.dtype)
-    before = elbo_of(task, head, data, settings.learn_prior, seed)
+    before = elbo_of(task, head, data, settings.learns_prior(task), seed)
     exact = task.kind == "regression" and settings.covariance != "low_rank" and not settings.shared
     steps = 0 if exact else settings.steps
     if steps:
         adam(task, head, data, settings, seed)
-    if settings.learn_prior:
+    if settings.learns_prior(task):
         head.prior_variance.fill_(head.closest_prior())
     after = elbo_of(task, head, data, False, seed)
     return head, Fitted(before, after, steps, time.perf_counter() - began)
@@ -149,7 +154,7 @@ def adam(task: Task, head: Head, data: Data, settings: HeadSettings, seed: int) 
             else:
                 part = data
             optimizer.zero_grad(set_to_none=True)
-            loss = -elbo(task, head, part, len(data), settings.learn_prior, generator)
+            loss = -elbo(task, head, part, len(data), settings.learns_prior(task), generator)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -188,7 +193,7 @@ def _conjugate(task: Task, data: Data, settings: HeadSettings) -> Head:
         before = noise, prior
         if given is None:
             noise = best_noise(*head.moments(data.phi), aim)
-        if settings.learn_prior:
+        if settings.learns_prior(task):
             prior = head.closest_prior()
         moved = float((noise / before[0]).log().abs().max()) + abs(math.log(prior / before[1]))
         if moved < 1e-6:

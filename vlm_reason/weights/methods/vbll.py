@@ -56,7 +56,8 @@ class VBLL:
     offset       model: w is a correction to the model's own head, so that predictions start as the model's;
                  zero: the head replaces it, and starts near it
     bound        monte_carlo (quadrature for two classes) | jensen, of a classification; bound_draws of the former
-    prior_scale  s of the prior N(0, s^2 I), about the standard deviation of f; learn_prior: s moves to its best
+    prior_scale  s of the prior N(0, s^2 I), about the standard deviation of f; learn_prior: s moves to its best (null:
+                 of a regression alone)
     learn_noise  of a regression; else the likelihood's
     steps, batch_size, learning_rate   of Adam on features (post_hoc); learning_rate is also the head's in joint mode
 
@@ -73,12 +74,12 @@ class VBLL:
     offset: Literal["model", "zero"] = "model"
     bound: str = "monte_carlo"
     bound_draws: int = 8
-    prior_scale: float = 1.0
-    learn_prior: bool = True
+    prior_scale: float = 3.0
+    learn_prior: bool | None = None
     learn_noise: bool = True
     steps: int = 300
     batch_size: int = 256
-    learning_rate: float = 0.03
+    learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
         for name, allowed in (("mode", ("post_hoc", "joint")), ("offset", ("model", "zero"))):
@@ -158,14 +159,14 @@ class VBLL:
         count = len(job.train)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         head.to(device or "cpu"), feature_map.to(device or "cpu")
-        clock = _Clock()
+        clock, learns_prior = _Clock(), self.head_settings(job.likelihood).learns_prior(task)
         own = [p for n, p in head.named_parameters() if n != "log_noise" or self.learn_noise]
         adapter = cast("list[nn.Parameter]", list(adapter_tensors(job.model, job.adapter).values()))
 
         def loss(model: PeftModel, batch: Batch, likelihood: Likelihood) -> Tensor:
             data = self.data(states(model, batch, likelihood), feature_map, batch.target, likelihood)
             generator = _generator(job.seed, clock.step, batch.ids)
-            return -elbo(task, head, data, count, self.learn_prior, generator)
+            return -elbo(task, head, data, count, learns_prior, generator)
 
         def make_optimizer(parameters: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
             mine = {id(p) for p in own}
@@ -183,7 +184,7 @@ class VBLL:
             name="vbll",
         )  # fmt: skip
         head.cpu(), feature_map.cpu()
-        if self.learn_prior:
+        if learns_prior:
             head.prior_variance.fill_(head.closest_prior())
         return trained.steps
 
