@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.linear_parts import DOWN, UP, Linear, linear_model, rows, up_of
+from vlm_reason.errors import UserError
 from vlm_reason.weights import IVON, DiagonalGaussian, Job, Origin, Regression, Training
 from vlm_reason.weights.continual import prior_loss, prior_penalty, start_from, with_prior_precision
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.merging import merge
+from vlm_reason.weights.methods.ivon import IVON as IVONMethod
+from vlm_reason.weights.methods.map import MAP
 from vlm_reason.weights.posterior import Posterior, base_fingerprint, peft_config_dict
 from vlm_reason.weights.training import negative_log_likelihood, train
 
@@ -88,12 +90,32 @@ def test_weights_of_tasks_and_another_prior() -> None:
     flat = [gaussian(t.b / t.h, t.h, prior=0.0) for t in (a, b)]
     close(merge(flat)[0], ((a.b + b.b) / (a.h + b.h), a.h + b.h))
     other = gaussian(*exact([b], 1.0), prior=1.0)
-    with pytest.raises(Exception, match=r"different precision for 'w', \[1.0, 3.0\]: give delta0"):
+    with pytest.raises(UserError, match=r"different precision for 'w', \[1.0, 3.0\]: give delta0"):
         merge([pa, other])
     close(merge([pa, other], delta0=PRIOR)[0], exact([a, b]))
 
 
 # ----------------------------------------------------------------------------------------- yesterday's posterior today
+
+
+def test_map_with_the_start_as_prior(tasks: list[Task]) -> None:
+    """Trained hard on the new data alone it forgets the old; with the start as its prior it is near the joint mean."""
+    old, new = tasks
+    joint, precision = exact(tasks)
+
+    def off(prior: Any) -> float:
+        """In posterior standard deviations, as a function of x: A may move too."""
+        first = job_of(new)
+        start = start_of(first, old)
+        start = DiagonalGaussian(
+            start.adapter_config, start.mean(), {**start.sigma(), DOWN: torch.full((FEATURES, FEATURES), 1e-3)},
+            start.origin,
+        )  # fmt: skip
+        job = replace(job_of(new, epochs=150.0, learning_rate=0.03), model=first.model, start=start)
+        mean = MAP(prior=prior).fit(job)[0].mean()
+        return float((((mean[UP] @ mean[DOWN])[0].double() - joint) * precision.sqrt()).abs().max())
+
+    assert off("start") < 0.2 and off("flat") > 2
 
 
 @pytest.fixture(scope="module")
@@ -169,23 +191,34 @@ def test_ivon_with_the_penalty_finds_the_joint_posterior(tasks: list[Task]) -> N
         optimizer.zero_grad()
         loss(job.model, batch, job.likelihood).backward()
         optimizer.step()
-        if step >= 500 and step % 20 == 0:
-            q = Posterior.from_optimizer(optimizer, job.model)
-            means.append(q.mean()[UP][0])
-            precisions.append(q.precision_diag()[UP][0])
+        if step >= 300:
+            means.append(optimizer.state[weight]["mean"][0].clone())
+        if step >= 300 and step % 20 == 0:
+            precisions.append(Posterior.from_optimizer(optimizer, job.model).precision_diag()[UP][0])
     mean, precision = exact(tasks)
     apart = (torch.stack(means).mean(0) - mean) * precision.sqrt()
-    assert float(apart.abs().max()) < 0.1  # of a posterior standard deviation
+    assert float(apart.abs().max()) < 0.12  # of a posterior standard deviation
     assert float((torch.stack(precisions).mean(0) / precision - 1).abs().max()) < 0.1
 
 
-def test_no_start_no_penalty(tasks: list[Task], tmp_path: Path) -> None:
+def test_the_method_ivon_with_the_start_as_prior(tasks: list[Task]) -> None:
+    job = job_of(tasks[0], epochs=1.0)
+    job = replace(job, start=start_of(job, tasks[1]))
+    group = IVONMethod(prior="start").optimizer(job, [up_of(job.model)], 10).param_groups[0]
+    assert (group["weight_decay"], group["ess"]) == (0.0, 20.0)  # the penalty is all of the prior
+    assert IVONMethod().optimizer(job, [up_of(job.model)], 10).param_groups[0]["weight_decay"] == 1e-4
+    assert IVONMethod(prior="start").fit(job)[1].steps == 1
+
+
+def test_what_is_no_prior(tasks: list[Task]) -> None:
     job = job_of(tasks[0])
-    assert prior_loss(job) is negative_log_likelihood
     start = start_of(job, tasks[1])
     point = DiagonalGaussian(start.adapter_config, start.mean(), {}, start.origin)
-    assert prior_loss(replace(job, start=point)) is negative_log_likelihood
-    with pytest.raises(Exception, match="3 weights of .* are certain in the prior"):
+    assert prior_loss(job, "flat") is negative_log_likelihood
+    for wrong, words in ((job, "there is none"), (replace(job, start=point), "certain of all weights")):
+        with pytest.raises(UserError, match=words):
+            prior_loss(wrong)
+    with pytest.raises(UserError, match="3 weights of .* are certain in the prior"):
         prior_penalty(start.prune(0.6), 20)
-    with pytest.raises(Exception, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="at least 1, got 0"):
         prior_penalty(start, 0)

@@ -9,7 +9,7 @@ posterior that came out of the fit in place of an estimated Fisher matrix. With 
 lambda = N) the same penalty gives variational continual learning (Nguyen et al. 2018, arXiv 1710.10628).
 
     start_from(job)                                     # the adapter at the mean of job.start
-    train(job, loss=prior_loss(job))                    # nll + penalty, or nll alone without a start
+    train(job, loss=prior_loss(job))                    # nll + penalty; `map` and `ivon` do with prior "start"
     posterior = with_prior_precision(posterior, job.start)    # for a fit that saw the new data's curvature alone
 """
 
@@ -39,11 +39,16 @@ def start_from(job: Job) -> None:
         job.start.write(job.model, job.start.mean(), job.adapter)
 
 
-def prior_loss(job: Job, loss: Loss = negative_log_likelihood) -> Loss:
-    """`loss` with job.start as the prior; `loss` itself without a start, and with one that is certain of all weights
-    (an adapter to begin from, which says nothing about how far to go)."""
-    if job.start is None or not job.start.uncertain():
+def prior_loss(job: Job, prior: str = "start", loss: Loss = negative_log_likelihood) -> Loss:
+    """`loss` under a method's setting `prior`: "start" is with job.start as the prior, anything else `loss` itself.
+
+    UserError for "start" without a start, or with one that is certain of all weights: it is a place to begin at, and
+    says nothing about how far to go."""
+    if prior != "start":
         return loss
+    if job.start is None or not job.start.uncertain():
+        what = "there is none" if job.start is None else "it is certain of all weights"
+        raise UserError(f'prior "start" makes a posterior the job starts from the prior, and {what}')
     return prior_penalty(job.start, len(job.train), loss, job.adapter)
 
 
@@ -52,8 +57,8 @@ def prior_penalty(
 ) -> Loss:
     """loss + 1 / (2 size) sum_i P_i (theta_i - m_i)^2, size = N, the number of new examples.
 
-    Over all weights that `start` is uncertain of; a tensor it is certain of has no penalty and should not be trained
-    (a new part of the adapter, say a head, has no prior). A cold posterior (lambda > N, temper > 1) is a strong prior:
+    Over all weights that `start` is uncertain of. A tensor it is certain of has no penalty: train it only if what is
+    there is no more than a beginning (B of `blob`). A cold posterior (lambda > N, temper > 1) is a strong prior:
     `start.temper` changes that. Training with weight_decay on top counts a zero-mean prior twice.
 
     UserError for a family without a diagonal precision, for a tensor of which some weights are certain and others not

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from ...errors import UserError
+from ..continual import prior_loss, start_from
 from ..held_out import held_out_nll
 from ..ivon import IVON as Optimizer
 from ..job import FitReport, Job
@@ -31,8 +32,10 @@ class IVON:
     draws         of the predictive that the report scores held-out data by
     start         adapter: from the adapter as it is; map: train as `map` does first, begin at what it finds
 
-    job.start, where there is one, is where its mean says; the prior stays at zero. When not to use it: see
-    `vlm_reason.weights.IVON`.
+    prior         zero: N(0, temperature / (N delta)); start: job.start, mean and precision, and no weight decay
+                  (continual.py)
+
+    job.start, where there is one, says where to begin. When not to use it: see `vlm_reason.weights.IVON`.
     """
 
     sigma: float = 0.01
@@ -43,6 +46,7 @@ class IVON:
     lr: float = 1.0
     draws: int = 10
     start: Literal["adapter", "map"] = "adapter"
+    prior: Literal["zero", "start"] = "zero"
 
     def __post_init__(self) -> None:
         for name in ("mc_samples", "draws"):
@@ -52,14 +56,17 @@ class IVON:
             raise UserError(f"ivon: lr must be > 0, got {self.lr}")
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
-        if job.start is not None:
-            job.start.write(job.model, job.start.mean(), job.adapter)
+        start_from(job)
+        loss = prior_loss(job, self.prior)
         seconds, steps = 0.0, 0
         if self.start == "map":
-            first = train(job, name="map")
+            first = train(job, loss=loss, name="map")
             seconds, steps = first.seconds, first.steps
         trained = train(
-            job, make_optimizer=lambda parameters, n: self.optimizer(job, parameters, n), name="ivon"
+            job,
+            loss=loss,
+            make_optimizer=lambda parameters, n: self.optimizer(job, parameters, n),
+            name="ivon",
         )
         optimizer = trained.optimizer
         assert isinstance(optimizer, Optimizer)
@@ -72,11 +79,12 @@ class IVON:
 
     def optimizer(self, job: Job, parameters: Sequence[nn.Parameter], steps: int) -> Optimizer:
         updates = max(1, steps // self.mc_samples)
-        auto = suggest_settings(updates, len(job.train), self.sigma, self.temperature, self.weight_decay)
-        scale = self.lr * (auto.hess_init + self.weight_decay)
+        decay = self.weight_decay if self.prior == "zero" else 0.0
+        auto = suggest_settings(updates, len(job.train), self.sigma, self.temperature, decay)
+        scale = self.lr * (auto.hess_init + decay)
         radius = job.training.learning_rate / scale if self.clip_radius is None else self.clip_radius
         return Optimizer(
-            list(parameters), self.lr, auto.ess, auto.hess_init, beta2=auto.beta2, weight_decay=self.weight_decay,
+            list(parameters), self.lr, auto.ess, auto.hess_init, beta2=auto.beta2, weight_decay=decay,
             clip_radius=radius, mc_samples=self.mc_samples, seed=job.seed, horizon=auto.horizon,
             data_size=auto.data_size,
         )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from ..continual import prior_loss, start_from
 from ..families.diagonal import DiagonalGaussian
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
@@ -13,12 +15,15 @@ from ..training import train
 
 @dataclass(frozen=True)
 class MAP:
-    """Plain training with `training.weight_decay`; the posterior is a point mass."""
+    """Plain training with `training.weight_decay`; the posterior is a point mass.
+
+    prior: flat, or start: job.start is the prior, mean and precision (continual.py)."""
+
+    prior: Literal["flat", "start"] = "flat"
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
-        if job.start is not None:
-            job.start.write(job.model, job.start.mean(), job.adapter)
-        trained = train(job)
+        start_from(job)
+        trained = train(job, loss=prior_loss(job, self.prior))
         posterior = point(job)
         return posterior, FitReport(
             "map", posterior.family, len(job.train), trained.steps, trained.seconds, trained.final_loss,
