@@ -2,14 +2,15 @@
 
     p(y | x) = (1/M) sum_m p(y | x, theta_m),   theta_m ~ q(theta)
 
-Any family of posteriors takes part by handing over its samples: as PEFT adapters, as whole models, or as a class of its
-own that has what `Members` asks for.
+Any family of posteriors takes part by handing over its samples: as the folder it was saved in, as PEFT adapters, as
+whole models, or as a class of its own that has what `Members` asks for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from ..engines.base import Engine
 from ..engines.make import check_engine, make_engine
 from ..errors import UserError
 from ..models.load import fingerprint_weights, load_model, load_tokenizer
+from ..weights import Posterior
+from ..weights.artefact import adapter_files
+from .suite import Draws
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -115,36 +119,60 @@ class WholeModels:
         return engine, fingerprint_weights(model)
 
 
-def load_members(model: str, dtype: str, folders: Sequence[str], options: Mapping[str, Any]) -> Members:
-    """What `members` of a suite names: nothing (the model alone), PEFT adapters of `model`, or whole models.
+def load_members(
+    model: str, dtype: str, members: Sequence[str | Draws], options: Mapping[str, Any]
+) -> Members:
+    """What `members` of a suite names: nothing (the model alone), PEFT adapters of `model`, draws from posteriors over
+    them, or whole models. A draw is the member that it would be as an exported adapter, with the same hash.
 
-    UserError for a folder that is neither, for a mixture of both, and for an adapter that does not fit the model.
+    UserError for a folder that is none of these, for a mixture of adapters and whole models, for an adapter that does
+    not fit the model, and for a posterior of another base model.
     """
-    folders = [str(Path(folder).expanduser()) for folder in folders]
-    kinds = {folder: _kind(folder) for folder in folders}
+    entries = [str(Path(m).expanduser()) if isinstance(m, str) else m for m in members]
+    kinds = {str(m): _kind(m) for m in entries}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{folder} ({kind})" for folder, kind in kinds.items())
+        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise UserError(f"members must be all adapters or all whole models: {listed}")
     if "model" in kinds.values():
-        return WholeModels(folders, dtype, options)
-    check_engine(options, adapters=bool(folders))  # what can be said before a model is loaded
+        return WholeModels([m for m in entries if isinstance(m, str)], dtype, options)
+    check_engine(options, adapters=bool(entries))  # what can be said before a model is loaded
+    posteriors = {m: Posterior.load(m.posterior) for m in entries if isinstance(m, Draws)}
     loaded, tokenizer = load_model(model, dtype=cast(Any, dtype))
     base = fingerprint_weights(loaded)
-    if not folders:
+    if not entries:
         only = [Member(None, model, None, base)]
         return ResidentMembers(make_engine(loaded, tokenizer, options), tokenizer, only, base)
-    with_adapters = add_members(loaded, folders)
-    members = [
-        Member(m, folder, f"member{m}", f"{base}+{hash_adapter(folder)}") for m, folder in enumerate(folders)
-    ]
-    return ResidentMembers(make_engine(with_adapters, tokenizer, options), tokenizer, members, base)
+    for posterior in posteriors.values():
+        posterior.check_base(loaded)
+    with_adapters, found = add_members(loaded, base, _folders(entries, posteriors))
+    return ResidentMembers(make_engine(with_adapters, tokenizer, options), tokenizer, found, base)
 
 
-def add_members(model: torch.nn.Module, folders: Sequence[str]) -> PeftModel:
-    """`model` with the adapter in folder m under the name `member<m>`, frozen. Every tensor of an adapter must have its
-    place in the model, and every place its tensor."""
+def _folders(
+    entries: Sequence[str | Draws], posteriors: Mapping[Draws, Posterior]
+) -> Iterator[tuple[str, str]]:
+    """(name, folder of a PEFT adapter) of every member; a draw's folder is there until the next one is asked for."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry, entry
+            continue
+        posterior = posteriors[entry] if entry.temper == 1 else posteriors[entry].temper(entry.temper)
+        cold = "" if entry.temper == 1 else f", temper {entry.temper:g}"
+        for k, tree in enumerate(posterior.sample(entry.draws, entry.seed)):
+            with tempfile.TemporaryDirectory() as folder:
+                for file, content in adapter_files(posterior.adapter_config, tree):
+                    (Path(folder) / file).write_bytes(content)
+                yield f"{entry.posterior}: draw {k} of seed {entry.seed}{cold}", folder
+
+
+def add_members(
+    model: torch.nn.Module, base: str, folders: Iterable[tuple[str, str]]
+) -> tuple[PeftModel, list[Member]]:
+    """`model` with the m-th adapter under the name `member<m>`, frozen. folders: (name, folder). Every tensor of an
+    adapter must have its place in the model, and every place its tensor."""
     wrapped: PeftModel | None = None
-    for m, folder in enumerate(folders):
+    members = []
+    for m, (name, folder) in enumerate(folders):
         try:
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = True
@@ -155,16 +183,15 @@ def add_members(model: torch.nn.Module, folders: Sequence[str]) -> PeftModel:
                 wrapped.add_adapter(f"member{m}", config)
             outcome: Any = set_peft_model_state_dict(wrapped, tensors, adapter_name=f"member{m}")
         except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-            raise UserError(
-                f"the adapter in {folder!r} does not fit the model: {_one_line(error)}"
-            ) from error
+            raise UserError(f"the adapter in {name!r} does not fit the model: {_one_line(error)}") from error
         missing = [key for key in outcome.missing_keys if f".member{m}." in key]
         wrong = [*outcome.unexpected_keys, *missing]
         if wrong:
-            raise UserError(f"the adapter in {folder!r} does not fit the model: {len(wrong)} tensors are missing or "
+            raise UserError(f"the adapter in {name!r} does not fit the model: {len(wrong)} tensors are missing or "
                             f"have no place in it, the first is {wrong[0]!r}")  # fmt: skip
+        members.append(Member(m, name, f"member{m}", f"{base}+{hash_adapter(folder)}"))
     assert wrapped is not None
-    return wrapped.eval()
+    return wrapped.eval(), members
 
 
 def hash_adapter(folder: str | Path) -> str:
@@ -175,8 +202,10 @@ def hash_adapter(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _kind(folder: str) -> str:
-    path = Path(folder)
+def _kind(member: str | Draws) -> str:
+    if isinstance(member, Draws):
+        return "adapter"
+    path, folder = Path(member), member
     if all((path / name).is_file() for name in ADAPTER_FILES):
         return "adapter"
     if (path / "config.json").is_file():

@@ -56,14 +56,33 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """`draws` members drawn from the posterior in the folder `posterior` (`weights.Posterior.save`): draws 0, 1, ... of
+    `seed`, variances divided by `temper` first."""
+
+    posterior: str
+    draws: int
+    seed: int = 0
+    temper: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise UserError(f"draws must be >= 1, got {self.draws}")
+        if self.seed < 0:
+            raise UserError(f"seed must be >= 0, got {self.seed}")
+        if not 0 < self.temper < math.inf:
+            raise UserError(f"temper must be > 0, got {self.temper}")
+
+
+@dataclass(frozen=True)
 class SuiteConfig:
     """A suite and the model it is run with.
 
     suite         its name, which results carry
     tasks         name -> task; names are folders of output_dir
     model, dtype, engine   as in a training recipe
-    members       M samples of a weight posterior: PEFT adapter folders, or folders of whole models; none: `model` as it
-                  is
+    members       M samples of a weight posterior: PEFT adapter folders, draws from posteriors, or folders of whole
+                  models; none: `model` as it is. The folder of a posterior alone is its mean
     data          folder that relative file names of `jsonl` tasks start from
     sampling      EvalConfig's keys, for every task
     rank          how the samples of a problem become one answer (vlm_reason.ranking.METHODS)
@@ -75,7 +94,7 @@ class SuiteConfig:
     tasks: dict[str, TaskEntry]
     model: str = "smollm2-135m"
     dtype: str = "float32"
-    members: tuple[str, ...] = ()
+    members: tuple[str | Draws, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
     data: str = "data"
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -95,10 +114,14 @@ class SuiteConfig:
                 )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
-        if len(set(self.members)) < len(self.members):
-            raise UserError(
-                f"members names a folder twice: {', '.join(self.members)}; each sample counts once"
-            )
+        named = [m if isinstance(m, str) else f"{m.posterior} with seed {m.seed}" for m in self.members]
+        if len(set(named)) < len(named):
+            raise UserError(f"members names a folder twice: {', '.join(named)}; each sample counts once")
+
+    @property
+    def models(self) -> int:
+        """How many models are run: M, or 1."""
+        return max(1, sum(1 if isinstance(m, str) else m.draws for m in self.members))
 
     def sampling_of(self, task: str) -> EvalConfig:
         """The suite's sampling with the task's own keys over it."""

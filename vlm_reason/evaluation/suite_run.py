@@ -48,7 +48,7 @@ def run_suite(
     drawn.
     """
     clock = [time.perf_counter()]
-    count = max(1, len(members or config.members))
+    count = len(members) if members is not None else config.models
     names = {task: _names(config, task, count) for task in config.tasks}
     for requirement in requirements:
         requirement.check_names(names)

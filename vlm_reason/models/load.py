@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -112,8 +113,8 @@ def fingerprint_parameters(named: Iterable[tuple[str, Tensor]]) -> str:
     Collective where they are sharded."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
-        if hasattr(parameter, "full_tensor"):  # a DTensor: gathered, one at a time
-            parameter = parameter.detach().full_tensor()
+        if isinstance(parameter, DTensor):  # gathered, one at a time
+            parameter = parameter.detach().full_tensor()  # type: ignore[attr-defined]  # detach keeps it one
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(
             repr(_checksums(parameter.detach().contiguous().reshape(-1).view(torch.uint8))).encode()

@@ -148,9 +148,8 @@ class ShardedTrainer(Trainer):
     def load_optimizer_state(self, checkpoint: str | Path) -> None:
         """The optimiser as it was at `checkpoint`, without training on: for who reads it. The model must not
         be sharded yet."""
-        self.create_optimizer()
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state)
+        self.create_optimizer().load_state_dict(state)
 
     def _load_weights(self, checkpoint: str) -> None:
         if self.adapter is not None:
