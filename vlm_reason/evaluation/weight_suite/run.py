@@ -17,11 +17,12 @@ from ...models.load import load_model
 from ..result import header
 from .cells import Cells
 from .config import WeightSuite
-from .table import read_cells, table, verdicts
+from .plot import plot
+from .table import markdown, read_cells, table, verdicts
 
 
 def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any]:
-    """Fit and test what is missing and write OUTPUT_DIR/result.json. Stopped at any moment, it goes on at the cell it
+    """Fit and test what is missing and write OUTPUT_DIR/result.json, table.md and plot.png. Stopped at any moment, it goes on at the cell it
     was in. UserError if OUTPUT_DIR holds cells of other settings."""
     folder = Path(suite.output_dir)
     _same_settings(suite, folder)
@@ -44,6 +45,8 @@ def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any
         "verdicts": verdicts(rows, suite.reference), "requirements": [], "file": str(folder / "result.json"),
     }  # fmt: skip
     write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(folder / "table.md", markdown(rows, suite.reference))
+    plot(rows, suite.reference, folder / "plot.png")
     return result
 
 

@@ -97,6 +97,47 @@ def losses(cell: Cell) -> Array:
     return -np.log(p[np.arange(len(labels)), labels].clip(_FLOOR))
 
 
+_SHOWN = ("accuracy", "nll", "ece", "brier", "aurc", "ood_auroc")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """A table a set, for docs: mean over seeds, and the difference to the reference with its interval."""
+    lines = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        null = [row["ece_null"]["value"] for row in own]
+        lines += [
+            f"**{name}** ({len(own[0]['seeds'])} seeds; ECE of calibrated answers: {min(null):.3f} to {max(null):.3f})",
+            "",
+            f"| method | {' | '.join(_SHOWN)} | NLL - {reference} | fit, predict s |",
+            "|---" * (len(_SHOWN) + 3) + "|",
+        ]
+        for row in own:
+            cells = [_with_spread(row[metric]) for metric in _SHOWN]
+            seconds = f"{row['fit_seconds']:.0f}, {row['predict_seconds']:.0f}"
+            lines.append(
+                f"| {row['method']} | {' | '.join(cells)} | {_signed(row.get('nll_difference'))} | {seconds} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _with_spread(value: Mapping[str, Any] | None) -> str:
+    """Mean over seeds, and half the width of its 95 % t interval."""
+    if value is None:
+        return "-"
+    half = (value["ci"][1] - value["ci"][0]) / 2
+    return f"{value['value']:.3f}" + ("" if half != half else f" ± {half:.3f}")
+
+
+def _signed(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    low, high = value["ci"]
+    text = f"{value['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if high < 0 else text
+
+
 def verdicts(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, dict[str, list[str]]]:
     """Per set: methods whose NLL is below the reference's with an interval that excludes 0, those above, the rest."""
     out: dict[str, dict[str, list[str]]] = {}
