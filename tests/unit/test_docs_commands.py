@@ -16,6 +16,10 @@ from vlm_reason.ranking import METHODS
 from vlm_reason.tasks.sources import ROW_OPTIONS, TaskSpec
 from vlm_reason.tasks.templates import Template
 from vlm_reason.tasks.verifiers import VERIFIERS
+from vlm_reason.weights import Training
+from vlm_reason.weights.config import BayesConfig, Prediction
+from vlm_reason.weights.job import SCHEDULES
+from vlm_reason.weights.predictive import MODES
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text()
 
@@ -30,6 +34,16 @@ def keys_behind(start: str) -> set[str]:
     return {name for line in table.splitlines()[2:] for name in quoted(line.split("|")[1])}
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Of a group of commands, those of all of them."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {option for inner in action.choices.values() for option in options_of(inner)}
+    return found
+
+
 def fields(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
@@ -41,6 +55,11 @@ def test_every_key_is_in_its_table() -> None:
     assert keys_behind("\n`engine` (") == fields(EngineConfig)
     assert keys_behind("\n`engine`, `kind: vllm` (") == fields(VLLMConfig) - fields(EngineConfig)
     assert keys_behind("`sampling`, `evaluation` (") == fields(EvalConfig) - {"adapter"} | {"bound_traces"}
+    assert keys_behind("### `kind: bayes`") == fields(BayesConfig)
+    assert keys_behind("\n`training`:") == fields(Training)
+    assert keys_behind("\n`predictive`:") == fields(Prediction)
+    assert set(MODES) <= set(quoted(PAGE[PAGE.index("\n`predictive`:") :]))
+    assert set(SCHEDULES) <= set(quoted(PAGE[PAGE.index("\n`training`:") :]))
     template = PAGE[PAGE.index("`template` as a section") : PAGE.index("\n`adapter`:")]
     assert fields(Template) - {"name", "question"} <= set(quoted(template))
     assert all(f"`{name}`" in PAGE for name in ("allow_quarantined", *ROW_OPTIONS))
@@ -59,9 +78,8 @@ def test_every_option_and_choice_is_named() -> None:
     actions = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     there: dict[str, set[str]] = {}
     for name, parser in actions.choices.items():
-        for action in parser._actions:
-            for option in action.option_strings:
-                there.setdefault(option, set()).add(name)
+        for option in options_of(parser):
+            there.setdefault(option, set()).add(name)
     assert set(rows) == {option for option in there if option not in ("-h", "--help")}
     for option, row in rows.items():
         of = row.split("|")[2].strip()

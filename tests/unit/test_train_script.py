@@ -49,7 +49,7 @@ def test_it_is_the_train_command(script, config, monkeypatch, capfd) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kind=bayes"], "kind: 'bayes' is not one of 'trace'"),
+        (["kind=thought"], "kind: 'thought' is not one of 'trace', 'bayes'"),
         (["preset=vrr"], "unknown preset 'vrr'; did you mean 'vr'?"),
         (
             ["trainer.deepspeed=none.json"],
@@ -70,7 +70,7 @@ def test_bad_input_is_one_line_and_status_2(script, config, capfd, overrides, me
 
 def test_of_many_processes_the_first_says_what_is_wrong(script, config, monkeypatch, capfd) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert script.main(["--config", str(config), "kind=bayes"]) == 2
+    assert script.main(["--config", str(config), "kind=thought"]) == 2
     assert capfd.readouterr() == ("", "")
 
 

@@ -160,11 +160,12 @@ def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, 
 
 
 def _same_run_or_none(config: BayesConfig, output: Path) -> None:
+    made = [output / SUMMARY, output / POSTERIOR, *output.glob(f"{CHECKPOINTS}/*/checkpoint-*")]
+    if not any(path.exists() for path in made):
+        return
     written = output / CONFIG
     if not written.is_file():
-        if (output / SUMMARY).exists() or (output / POSTERIOR).exists():
-            raise UserError(f"{output} holds a run without its {CONFIG}: choose another output_dir")
-        return
+        raise UserError(f"{output} holds a run without its {CONFIG}: choose another output_dir")
     before = json.loads(json.dumps(yaml.safe_load(written.read_text())))
     now = json.loads(json.dumps(to_dict(config)))
     different = sorted(key for key in now if before.get(key) != now[key])
