@@ -153,7 +153,7 @@ class NoiseScale:
             outputs = self._at(sigma, max(1, self.pilot // 4))
             spread = self.spread(outputs)
             factor = math.sqrt(self.typical / spread) if spread > 0 else 16.0
-            if max(factor, 1 / factor) < 1.5 or (factor > 1 and sigma == self.largest):
+            if max(factor, 1 / factor) < 1.3 or (factor > 1 and sigma == self.largest):
                 break
             sigma = min(self.largest, sigma * min(16.0, max(1 / 16, factor)))
         return sigma

@@ -132,7 +132,7 @@ class BLoB:
         """AdamW; weight decay is for what has no prior."""
         rate = self.sigma_learning_rate or 2 * math.sqrt(self.prior_sigma) / steps
         roots, means = {id(p) for p in loss.roots.values()}, {id(p) for p in loss.means.values()}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if id(p) in roots], "lr": rate, "weight_decay": 0.0},
             {"params": [p for p in parameters if id(p) in means], "weight_decay": 0.0},
             {"params": [p for p in parameters if id(p) not in roots | means]},

@@ -101,7 +101,7 @@ class TFB:
         started = time.perf_counter()
         start_from(job)
         job.model.eval()
-        noisy = NoisyAdapter(job, _anchors(self, job), self.draws, self.relative, self.tokens)
+        noisy = NoisyAdapter(job, chosen(self, job), self.draws, self.relative, self.tokens)
         try:
             found, details = self._search(noisy)
         except BaseException:
@@ -115,14 +115,14 @@ class TFB:
 
     def _search(self, noisy: NoisyAdapter) -> tuple[Found, dict[str, Any]]:
         zero = noisy.at_mean()
-        examples = _labelled(noisy.examples, zero, self.labels)
-        excess = (_nll_excess if self.criterion == "nll" else _flips)(zero, examples, noisy.job.likelihood)
+        examples = labelled(noisy.examples, zero, self.labels)
+        excess = (nll_excess if self.criterion == "nll" else flips)(zero, examples, noisy.job.likelihood)
         bound = BOUNDS[self.criterion] if self.bound is None else self.bound
         nll = _nll(zero[None], examples, noisy.job.likelihood)
         found = NoiseScale(
             noisy.outputs, excess, zero, bound, spread=_spread(zero, examples, noisy.job.likelihood),
-            typical=4 * bound * (abs(nll) if self.criterion == "nll" else 1.0), start=self.start, largest=self.largest,
-            pilot=self.pilot, tolerance=self.tolerance,
+            typical=1.5 * bound * (abs(nll) if self.criterion == "nll" else 1.0), start=self.start,
+            largest=self.largest, pilot=self.pilot, tolerance=self.tolerance,
         ).run()  # fmt: skip
         details = {
             "sigma": found.sigma, "excess": found.excess, "criterion": self.criterion, "bound": bound,
@@ -135,8 +135,8 @@ class TFB:
         return found, details
 
 
-def _anchors(method: TFB, job: Job) -> list[Example]:
-    """In random order, so that the first few are like all."""
+def chosen(method: TFB, job: Job) -> list[Example]:
+    """The anchors, in random order, so that the first few are like all."""
     source = job.train if method.source == "train" else job.held_out
     if not source:
         raise UserError("tfb: no anchors: source is 'held_out' and the job has no held-out examples")
@@ -144,7 +144,8 @@ def _anchors(method: TFB, job: Job) -> list[Example]:
     return [source[n] for n in order[: method.anchors].tolist()]
 
 
-def _labelled(examples: Sequence[Example], zero: Tensor, labels: Labels) -> list[Example]:
+def labelled(examples: Sequence[Example], zero: Tensor, labels: Labels) -> list[Example]:
+    """With the adapter's own labels in place of the given ones where these are asked for; zero [N, C]."""
     if labels == "given":
         return list(examples)
     _check_classes(zero, "labels 'predicted' need")
@@ -160,7 +161,9 @@ def _nll(f: Tensor, examples: Sequence[Example], likelihood: Likelihood) -> floa
     return nll_of_outputs(f, examples[: f.shape[1]], likelihood)
 
 
-def _nll_excess(zero: Tensor, examples: Sequence[Example], likelihood: Likelihood) -> Measure:
+def nll_excess(zero: Tensor, examples: Sequence[Example], likelihood: Likelihood) -> Measure:
+    """(L(f) - L(zero)) / |L(zero)| of outputs f [S, n, C] of the first n examples; zero [N, C]."""
+
     def excess(f: Tensor) -> float:
         before = _nll(zero[None, : f.shape[1]], examples, likelihood)
         if before == 0:
@@ -183,7 +186,7 @@ def _spread(zero: Tensor, examples: Sequence[Example], likelihood: Likelihood) -
     return spread
 
 
-def _flips(zero: Tensor, examples: Sequence[Example], likelihood: Likelihood) -> Measure:
+def flips(zero: Tensor, examples: Sequence[Example], likelihood: Likelihood) -> Measure:
     _check_classes(zero, "criterion 'flips' needs")
     first = zero.argmax(-1)
 
