@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from vlm_reason.config import from_dict
 from vlm_reason.errors import UserError
 from vlm_reason.scoring.enter import unwrap
 from vlm_reason.weights import (
@@ -179,6 +180,21 @@ def test_joint_mode_trains_adapter_and_head(model: PeftModel) -> None:
     assert not model.training
 
 
+def test_joint_mode_does_not_depend_on_micro_batches(model: PeftModel) -> None:
+    start = {k: p.detach().clone() for k, p in adapter_tensors(model).items()}
+    found = []
+    for tokens in (8192, 9):
+        with torch.no_grad():
+            for k, p in adapter_tensors(model).items():
+                p.copy_(start[k])
+        training = Training(epochs=1, batch_size=8, learning_rate=1e-3, tokens_per_microbatch=tokens)
+        settings = VBLL(mode="joint", covariance="diagonal", learning_rate=0.01)
+        posterior, _ = settings.fit(Job(model, CLASSES[:24], LABELS, training))
+        assert isinstance(posterior, LastLayer)
+        found.append(posterior.head.mean)
+    assert torch.allclose(*found, atol=1e-4)
+
+
 def test_joint_mode_reads_a_finished_run_back(model: PeftModel, tmp_path: Path) -> None:
     start = {k: p.detach().clone() for k, p in adapter_tensors(model).items()}
     first, _ = fit(model, CLASSES[:32], job={"output_dir": tmp_path / "run"}, mode="joint")
@@ -200,13 +216,11 @@ def test_closed_form_is_the_law_of_outputs_under_draws_of_heads(model: PeftModel
     with torch.no_grad():
         found = states(model, batch, LABELS)
     phi = posterior.features(found)
-    f = torch.stack([found.outputs + phi @ w[HEAD].mT for w in posterior.sample_heads(4000, 0, True)])
+    f = torch.stack([found.outputs + phi @ w[HEAD].mT for w in posterior.sample_heads(2000, 0, True)])
     sigma = variance.diagonal(dim1=1, dim2=2).sqrt()
     assert torch.allclose(f.mean(0), mean, atol=1e-4)  # opposite pairs
-    assert torch.allclose(f.std(0), sigma, rtol=0.06)
-    assert torch.equal(variance, torch.diag_embed(sigma.square())) or torch.allclose(
-        variance, torch.diag_embed(sigma.square())
-    )
+    assert torch.allclose(f.std(0), sigma, rtol=0.1)
+    assert torch.allclose(variance, torch.diag_embed(sigma.square()))  # rows are independent
 
 
 def test_the_predictive_of_an_ordinary_posterior_is_the_heads(model: PeftModel) -> None:
@@ -214,7 +228,7 @@ def test_the_predictive_of_an_ordinary_posterior_is_the_heads(model: PeftModel) 
     found = posterior.predictive(model, OTHERS, LABELS, 10)
     mean, variance = posterior.closed_form(model, make_batch(OTHERS), LABELS)
     torch.manual_seed(0)
-    noise = torch.randn(20_000, *mean.shape)
+    noise = torch.randn(5_000, *mean.shape)
     exact = (mean + variance.diagonal(dim1=1, dim2=2).sqrt() * noise).softmax(-1).mean(0)
     assert found.ids == tuple(e.id for e in OTHERS)
     assert torch.allclose(found.probs.float(), exact, atol=0.02)
@@ -385,6 +399,11 @@ def test_as_a_regression_with_learnt_noise(model: PeftModel) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
+
+
+def test_settings_come_from_a_config() -> None:
+    given = {"covariance": "low_rank", "rank": 4, "learn_prior": None, "mode": "joint", "prior_scale": 2}
+    assert from_dict(VBLL, given, "method") == VBLL("joint", "low_rank", 4, prior_scale=2.0)
 
 
 def test_errors_say_what_was_wrong(model: PeftModel) -> None:

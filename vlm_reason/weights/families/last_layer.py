@@ -80,7 +80,8 @@ class LastLayer(Posterior):
     ) -> None:
         super().__init__(adapter_config, origin)
         self._mean = {k: whole(v) for k, v in mean.items()}
-        self.head, self.map, self.density = head.float().cpu(), feature_map.float().cpu(), density
+        self.head, self.map = copy.deepcopy(head).float().cpu(), copy.deepcopy(feature_map).float().cpu()
+        self.density = density
         self.head.requires_grad_(False)
         self.kind, self.uses_model, self.label_ids = kind, uses_model, tuple(label_ids)
         check_finite(self._mean, "of the mean")

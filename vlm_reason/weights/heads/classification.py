@@ -12,6 +12,7 @@ E log softmax_y(f) has no closed form for C > 2. What stands for it, from the lo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,8 @@ from .quadrature import NODES, expectation
 
 Bound = Literal["jensen", "monte_carlo"]
 BOUNDS: tuple[str, ...] = get_args(Bound)
+Normals = Callable[[tuple[int, ...]], Tensor]
+"""Standard normals of a shape."""
 
 
 def jensen_bound(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
@@ -32,13 +35,13 @@ def jensen_bound(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
 
 
 def expected_log_softmax(
-    mean: Tensor, variance: Tensor, target: Tensor, draws: int = 8, generator: torch.Generator | None = None
+    mean: Tensor, variance: Tensor, target: Tensor, draws: int = 8, normals: Normals = torch.randn
 ) -> Tensor:
     """E log softmax_y(f) [B]: by quadrature for two classes, else the mean over `draws` draws, in opposite pairs."""
     if mean.shape[-1] == 2:
         return two_class_quadrature(mean, variance, target)
-    half = torch.randn((max(1, draws // 2), *mean.shape), generator=generator, dtype=mean.dtype)
-    noise = torch.cat([half, -half]).to(mean.device)
+    half = normals((max(1, draws // 2), *mean.shape)).to(mean)
+    noise = torch.cat([half, -half])
     logp = (mean + variance.sqrt() * noise).log_softmax(-1)
     return logp.mean(0).gather(-1, target[:, None]).squeeze(-1)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from .classification import Normals
 from .covariance import DENSE_UP_TO, Covariance, Diagonal, LowRank, check_structure, from_precision
 from .gaussian import Head
 from .regression import best_noise, ridge
@@ -119,19 +120,23 @@ def elbo(
     data: Data,
     count: int,
     learn_prior: bool = False,
-    generator: torch.Generator | None = None,
+    normals: Normals = torch.randn,
 ) -> Tensor:
     """Per example, of the rows in `data` out of `count`: mean E log p - KL / count."""
     mean, variance = head.moments(data.phi)
-    fits = task.expected_log_prob(head, data.offset + mean, variance, data.target, generator)
+    fits = task.expected_log_prob(head, data.offset + mean, variance, data.target, normals)
     return fits.mean() - head.kl(learn_prior) / count
 
 
 @torch.no_grad()
 def elbo_of(task: Task, head: Head, data: Data, learn_prior: bool, seed: int) -> float:
     """Over all the data, with fixed noise."""
-    generator = torch.Generator().manual_seed(seed)
-    return float(elbo(task, head, data, len(data), learn_prior, generator))
+    normals = _normals(torch.Generator().manual_seed(seed))
+    return float(elbo(task, head, data, len(data), learn_prior, normals))
+
+
+def _normals(generator: torch.Generator) -> Normals:
+    return lambda shape: torch.randn(shape, generator=generator)
 
 
 def adam(task: Task, head: Head, data: Data, settings: HeadSettings, seed: int) -> None:
@@ -142,6 +147,7 @@ def adam(task: Task, head: Head, data: Data, settings: HeadSettings, seed: int) 
     optimizer = torch.optim.Adam(learnt, lr=settings.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     generator = torch.Generator().manual_seed(seed)
+    normals = _normals(generator)
     size = min(settings.batch_size, len(data))
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():
@@ -154,7 +160,7 @@ def adam(task: Task, head: Head, data: Data, settings: HeadSettings, seed: int) 
             else:
                 part = data
             optimizer.zero_grad(set_to_none=True)
-            loss = -elbo(task, head, part, len(data), settings.learns_prior(task), generator)
+            loss = -elbo(task, head, part, len(data), settings.learns_prior(task), normals)
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, nearest
-from .classification import BOUNDS, expected_log_softmax, jensen_bound
+from .classification import BOUNDS, Normals, expected_log_softmax, jensen_bound
 from .gaussian import Head
 from .regression import expected_log_normal
 from .reward import expected_log_sigmoid
@@ -23,7 +23,7 @@ class Task(Protocol):
     def outputs(self) -> int: ...
 
     def expected_log_prob(
-        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, generator: torch.Generator | None
+        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, normals: Normals
     ) -> Tensor:
         """E log p(y | f) or a bound on it, [B], f_c ~ N(mean_c, variance_c), [B, C] each."""
 
@@ -39,7 +39,7 @@ class RegressionTask:
     kind: ClassVar[str] = "regression"
 
     def expected_log_prob(
-        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, generator: torch.Generator | None
+        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, normals: Normals
     ) -> Tensor:
         assert head.log_noise is not None, "a regression head has a noise"
         return expected_log_normal(mean, variance, target, head.log_noise.exp())
@@ -66,11 +66,11 @@ class ClassificationTask:
             raise UserError(f"bound_draws must be even and >= 2, got {self.draws}")
 
     def expected_log_prob(
-        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, generator: torch.Generator | None
+        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, normals: Normals
     ) -> Tensor:
         if self.bound == "jensen":
             return jensen_bound(mean, variance, target)
-        return expected_log_softmax(mean, variance, target, self.draws, generator)
+        return expected_log_softmax(mean, variance, target, self.draws, normals)
 
     def curvature(self, f: Tensor) -> Tensor:
         p = f.softmax(-1)
@@ -85,7 +85,7 @@ class RewardTask:
     kind: ClassVar[str] = "reward"
 
     def expected_log_prob(
-        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, generator: torch.Generator | None
+        self, head: Head, mean: Tensor, variance: Tensor, target: Tensor, normals: Normals
     ) -> Tensor:
         return expected_log_sigmoid(mean, variance)[:, 0]
 

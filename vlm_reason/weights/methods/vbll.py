@@ -39,6 +39,7 @@ from ..heads import (
     make_map,
 )
 from ..heads.backbone import Backbone, States, states, targets_of
+from ..heads.classification import Normals
 from ..heads.features import check_projection
 from ..heads.fit import elbo_of
 from ..held_out import held_out_nll
@@ -165,8 +166,8 @@ class VBLL:
 
         def loss(model: PeftModel, batch: Batch, likelihood: Likelihood) -> Tensor:
             data = self.data(states(model, batch, likelihood), feature_map, batch.target, likelihood)
-            generator = _generator(job.seed, clock.step, batch.ids)
-            return -elbo(task, head, data, count, learns_prior, generator)
+            normals = _normals_of(job.seed, clock.step, batch.ids)
+            return -elbo(task, head, data, count, learns_prior, normals)
 
         def make_optimizer(parameters: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
             mine = {id(p) for p in own}
@@ -206,10 +207,18 @@ class _Clock(TrainerCallback):
         self.step = state.global_step
 
 
-def _generator(seed: int, step: int, ids: Sequence[str]) -> torch.Generator:
-    text = "\x1f".join(["vbll", str(seed), str(step), *ids])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def _normals_of(seed: int, step: int, ids: Sequence[str]) -> Normals:
+    """[K, B, C], those of an example its own, whatever it shares a batch with."""
+
+    def normals(shape: tuple[int, ...]) -> Tensor:
+        rows = []
+        for name in ids:
+            digest = hashlib.blake2b(f"vbll\x1f{seed}\x1f{step}\x1f{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows.append(torch.randn(shape[0], shape[2], generator=generator))
+        return torch.stack(rows, 1)
+
+    return normals
 
 
 @torch.no_grad()
