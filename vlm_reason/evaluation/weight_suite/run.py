@@ -22,8 +22,8 @@ from .table import markdown, read_cells, table, verdicts
 
 
 def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any]:
-    """Fit and test what is missing and write OUTPUT_DIR/result.json, table.md and plot.png. Stopped at any moment, it goes
-    on at the cell it was in. UserError if OUTPUT_DIR holds cells of other settings."""
+    """Fit and test what is missing and write OUTPUT_DIR/result.json, table.md and plot.png. Stopped at any moment, it
+    goes on at the cell it was in. UserError if OUTPUT_DIR holds cells of other settings."""
     folder = Path(suite.output_dir)
     _same_settings(suite, folder)
     started = time.perf_counter()
