@@ -90,8 +90,9 @@ def test_weights_of_tasks_and_another_prior() -> None:
     flat = [gaussian(t.b / t.h, t.h, prior=0.0) for t in (a, b)]
     close(merge(flat)[0], ((a.b + b.b) / (a.h + b.h), a.h + b.h))
     other = gaussian(*exact([b], 1.0), prior=1.0)
-    with pytest.raises(UserError, match=r"different precision for 'w', \[1.0, 3.0\]: give delta0"):
-        merge([pa, other])
+    between, report = merge([pa, other])  # the mean of the two priors, each taken out of its own task
+    close(between, ((a.b + b.b) / (2.0 + a.h + b.h), 2.0 + a.h + b.h))
+    assert report.prior == (2.0, 2.0)
     close(merge([pa, other], delta0=PRIOR)[0], exact([a, b]))
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from .examples import Batch, Example, in_batches
+from .families.last_layer import LastLayer
 from .jacobians import jacobians
 from .likelihoods import Likelihood, Tokens
 from .posterior import Posterior, adapter_tensors
@@ -100,7 +101,8 @@ def loo(
 
     UserError without data, for an unknown mode, for a posterior without uncertainty, and for what a family lacks.
 
-    When not to use it: for data that are not the training data; where draws are far from linear in the weights.
+    When not to use it: for data that are not the training data; where draws are far from linear in the weights; with
+    widths that are no posterior's (`tfb` takes the widest the data tolerate, `ensemble` what runs happen to give).
     """
     if not data:
         raise UserError("no examples: leave-one-out needs those the posterior was fitted on")
@@ -113,6 +115,8 @@ def loo(
     mode = _chosen(posterior) if mode == "auto" else mode
     if mode == "sampled" and n < 2:
         raise UserError(f"a covariance needs at least 2 draws, got n = {n}")
+    if isinstance(posterior, LastLayer):
+        likelihood = posterior.with_noise(likelihood)
     scale = warmth(posterior, len(data))
     temperature = posterior.origin.output_temperature
     device = next(iter(adapter_tensors(model, adapter).values())).device

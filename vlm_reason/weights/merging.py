@@ -37,11 +37,13 @@ FLAT = 1e-12
 @dataclass(frozen=True)
 class MergeReport:
     """tasks: how many. space: what was averaged. alignment: the lowest cosine between two tasks' A of one layer, None
-    without A. kept: share of |merged update|^2 that rank r holds, by layer; empty in parameter space."""
+    without A. prior: lowest and highest delta0 of a tensor; None in delta space. kept: share of |merged update|^2 that
+    rank r holds, by layer; empty in parameter space."""
 
     tasks: int
     space: str
     alignment: float | None
+    prior: tuple[float, float] | None = None
     kept: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -59,7 +61,8 @@ def merge(
     base    the posterior that was the tasks' prior: theta0 its mean, H0 its precision. None: each task's own N(0, 1 /
             delta_t) as its origin has it, and theta0 = 0
     alphas  weight of each task, 1 by default
-    delta0  prior precision of the result on top of H0; None: the tasks' common one (0 with a base), at least 1e-12
+    delta0  prior precision of the result on top of H0; None: the mean of the tasks' own, tensor by tensor (0 with a
+            base), at least 1e-12. Own priors that differ, as those of `ivon` do with N, are taken out first
     space   "parameters": the equation above, weight by weight. The tasks must share a gauge: for every layer the
             cosine between two tasks' A is at least 1/2 (different initial A: about 0), and no rotation raises it by
             more than a tenth
@@ -75,8 +78,8 @@ def merge(
 
     Tensors other than LoRA factors (whole modules) are merged weight by weight in both.
 
-    UserError for different base models, keys or shapes; different gauges; differing priors or output temperatures;
-    weights that are certain of different values; families without a diagonal precision.
+    UserError for different base models, keys, shapes or output temperatures; different gauges; weights that are certain
+    of different values; families without a diagonal precision.
 
     When not to use it: where the data of all tasks can be trained on together. Precisions from a few examples, or of
     lambda far from N, weigh the tasks wrongly against one another.
@@ -100,7 +103,9 @@ def merge(
             )
     mean, sigma = _weight_by_weight(posteriors, base, weights, delta0, list(means[0]))
     origin = _joint_origin(posteriors, base, delta0, sigma)
-    return DiagonalGaussian(first, mean, sigma, origin), MergeReport(len(posteriors), space, alignment)
+    priors = [_merged_prior(posteriors, base, delta0, key) for key in mean]
+    report = MergeReport(len(posteriors), space, alignment, (min(priors), max(priors)))
+    return DiagonalGaussian(first, mean, sigma, origin), report
 
 
 # ------------------------------------------------------------------------------------------------- weight by weight
@@ -166,13 +171,8 @@ def _merged_prior(
         return delta0
     if base is not None:
         return 0.0
-    found = {p.origin.prior.get(key, 0.0) for p in posteriors}
-    if max(found) - min(found) > 1e-6 * max(found):
-        raise UserError(
-            f"merge: the tasks had priors of different precision for {key!r}, {sorted(found)}: give delta0, the "
-            "precision of the merged posterior's prior"
-        )
-    return max(FLAT, *found)
+    found = [p.origin.prior.get(key, 0.0) for p in posteriors]
+    return max(FLAT, sum(found) / len(found))
 
 
 # ------------------------------------------------------------------------------------------------------ delta space
@@ -222,7 +222,7 @@ def _in_delta_space(
     ordered = {key: mean[key] for key in trees[0]}
     origin = replace(_joint_origin(posteriors, None, delta0, {}), prior={})
     merged = DiagonalGaussian(config, ordered, sigma, origin)
-    return merged, MergeReport(len(posteriors), "delta", _lowest_alignment(trees, layers), kept)
+    return merged, MergeReport(len(posteriors), "delta", _lowest_alignment(trees, layers), kept=kept)
 
 
 def truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
