@@ -380,7 +380,7 @@ def test_as_a_regression_with_learnt_noise(model: PeftModel) -> None:
     examples = [Example(f"r{k}", ids, float(v)) for k, (ids, v) in enumerate(zip(rows, values, strict=True))]
     train, test = examples[:200], examples[200:]
     likelihood = Regression(torch.zeros(32))
-    posterior, report = fit(model, train, likelihood)
+    posterior, report = fit(model, train, likelihood, job={"held_out": test})
     target = torch.tensor([e.target for e in test])
     mean, variance = posterior.closed_form(model, make_batch(test), likelihood)
     assert report.steps == 0 and 0.15 < report.details["noise"][0] < 0.6
@@ -389,6 +389,8 @@ def test_as_a_regression_with_learnt_noise(model: PeftModel) -> None:
     sigma = (variance[:, 0, 0] + report.details["noise"][0] ** 2).sqrt()
     z = (target - mean[:, 0]) / sigma
     assert 0.75 < float(z.std()) < 1.3  # honest about its errors
+    exact = -torch.distributions.Normal(mean[:, 0], sigma).log_prob(target).mean()
+    assert report.held_out_nll == pytest.approx(float(exact), abs=1e-3)
     noisy = posterior.with_noise(likelihood)
     assert isinstance(noisy, Regression) and noisy.noise == pytest.approx(
         report.details["noise"][0], rel=1e-5

@@ -42,7 +42,6 @@ from ..heads.backbone import Backbone, States, states, targets_of
 from ..heads.classification import Normals
 from ..heads.features import check_projection
 from ..heads.fit import elbo_of
-from ..held_out import held_out_nll
 from ..job import FitReport, Job
 from ..likelihoods import Choice, Likelihood, Regression
 from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
@@ -114,11 +113,10 @@ class VBLL:
             head, fitted = fit_head(task, data, settings, job.seed)
             steps = fitted.steps
         posterior = self._posterior(job, head, feature_map, data)
-        nll = held_out_nll(posterior, replace(job, likelihood=posterior.with_noise(job.likelihood)))
         details = _details(task, head, data, fitted, forward, job.seed)
         return posterior, FitReport(
             "vbll", posterior.family, len(job.train), steps, time.perf_counter() - began,
-            _train_nll(posterior, data, job), nll, details,
+            _train_nll(posterior, data, job), _held_out_nll(posterior, job), details,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------- what is fitted
@@ -226,6 +224,15 @@ def _train_nll(posterior: LastLayer, data: Data, job: Job) -> float:
     """-mean log p(y) at the mean of the head."""
     f = data.offset + posterior.head.moments(data.phi)[0]
     return float(-posterior.with_noise(job.likelihood).log_prob(f, make_batch(job.train)).mean())
+
+
+def _held_out_nll(posterior: LastLayer, job: Job) -> float | None:
+    """Of the predictive in closed form, nats an example."""
+    if not job.held_out:
+        return None
+    found = posterior.predictive(job.model, job.held_out, job.likelihood, seed=job.seed, adapter=job.adapter)
+    assert found.log_prob is not None
+    return -float(found.log_prob.mean())
 
 
 @torch.no_grad()
