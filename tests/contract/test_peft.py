@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear
 
-from vlm_reason.compat.peft import is_lean, lean_lora
+from vlm_reason.compat.peft import draws_as_adapters, is_lean, lean_lora
 from vlm_reason.models.adapters import AdapterConfig, adapter_parameters, add_adapters, use_adapter
 
 IDS = torch.tensor([[5, 9, 17, 4, 8, 30, 41], [7, 7, 12, 60, 3, 22, 19]])
@@ -81,3 +81,23 @@ def test_the_layer_still_has_the_parts_the_short_path_reads():
             f"peft's LoRA forward no longer reads {part}: look at vlm_reason/compat/peft.py"
         )
     assert "lora_B(lora_A(dropout(x))) * scaling" in source
+
+
+def test_draws_become_adapters_of_one_batch_and_go_again(tiny_llama):
+    """PEFT's mixed batches, entered without its forward: a private name."""
+    model = get_peft_model(
+        tiny_llama, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    ).eval()
+    own = get_peft_model_state_dict(model)
+    draws = {f"draw{k}": {key: value * (k + 2) for key, value in own.items()} for k in range(2)}
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.no_grad():
+        before = model(IDS).logits
+        with draws_as_adapters(model, "default", draws) as in_use, in_use(["draw1", "draw0"]):
+            mixed = model.get_base_model()(IDS).logits
+        assert torch.equal(model(IDS).logits, before)
+        set_peft_model_state_dict(model, draws["draw1"])
+        assert torch.allclose(model(IDS).logits[0], mixed[0], atol=1e-4)
+        assert not torch.allclose(before[0], mixed[0], atol=1e-2)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == frozen
+    assert list(model.peft_config) == ["default"]
