@@ -6,6 +6,8 @@ from .families.diagonal import DiagonalGaussian
 from .ivon import IVON
 from .job import FitReport, Job, Training
 from .likelihoods import BradleyTerry, Choice, Likelihood, Regression, Tokens
+from .loo import LeaveOneOut, best_checkpoint
+from .merging import MergeReport, merge
 from .methods import METHODS
 from .posterior import Origin, Posterior
 from .predictive import Predictive
@@ -13,6 +15,7 @@ from .settings import Diagnostics, Settings, diagnose, suggest_settings
 
 __all__ = [
     "FAMILIES", "IVON", "METHODS", "Batch", "BradleyTerry", "Choice", "Choices", "Diagnostics", "DiagonalGaussian",
-    "Example", "FitReport", "Job", "Likelihood", "Origin", "Posterior", "Predictive", "Regression", "Settings",
-    "Tokens", "Training", "choice_examples", "diagnose", "in_batches", "make_batch", "suggest_settings",
+    "Example", "FitReport", "Job", "LeaveOneOut", "Likelihood", "MergeReport", "Origin", "Posterior", "Predictive",
+    "Regression", "Settings", "Tokens", "Training", "best_checkpoint", "choice_examples", "diagnose", "in_batches",
+    "make_batch", "merge", "suggest_settings",
 ]  # fmt: skip
