@@ -31,6 +31,7 @@ from vlm_reason.weights import DiagonalGaussian, Origin, Posterior
 from vlm_reason.weights.config import BayesConfig
 from vlm_reason.weights.data import token_examples
 from vlm_reason.weights.inspection import inspect
+from vlm_reason.weights.methods.ensemble import Ensemble
 from vlm_reason.weights.run import run_bayes
 from vlm_reason.weights.start import load_start
 
@@ -412,6 +413,17 @@ def test_a_run_that_has_made_nothing_yet_may_change(folder: Path) -> None:
     with pytest.raises(UserError, match="needs held-out examples"):
         run_bayes(config_of(folder, "method=temperature", "held_out=null"), False)
     assert run_bayes(config_of(folder, "method=temperature"), False)["report"]["details"]["of"] == "map"
+
+
+def test_how_it_predicts_may_change_until_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ("method=ensemble", "options.members=2")
+    with pytest.raises(UserError, match="no predictive in closed form"):
+        run_bayes(config_of(folder, *own, "predictive.mode=closed_form"), False)
+    with monkeypatch.context() as m:
+        m.setattr(Ensemble, "fit", None)  # it is fitted
+        run_bayes(config_of(folder, *own), False)
+    with pytest.raises(UserError, match="holds a run with predictive"):
+        run_bayes(config_of(folder, *own, "predictive.n=3"), False)
 
 
 def test_a_folder_that_lost_its_config_is_left_alone(folder: Path) -> None:

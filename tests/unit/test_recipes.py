@@ -1,5 +1,5 @@
-"""Every file in configs/recipes/ that trains on traces: its keys are known, its first line is its command, and it trains
-at toy size. test_bayes_commands.py has the others."""
+"""Every file in configs/recipes/ that trains on traces: its keys are known, its first line is its command, and it
+trains at toy size. test_bayes_commands.py has the others."""
 
 from __future__ import annotations
 

@@ -10,18 +10,17 @@ from ..config import from_dict
 from ..errors import UserError, nearest
 from ..models.adapters import AdapterConfig
 from .job import Method, Training
-from .predictive import MODES
-
-KINDS_OF_LIKELIHOOD = ("choice", "tokens")
+from .predictive.predict import LINKS, MODES
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """n: draws. mode: see `Posterior.predictive`. antithetic: draws in opposite pairs. tokens: of one forward pass,
-    padding included; memory and speed, never the result."""
+    """n: draws. mode, link: see `Posterior.predictive`. antithetic: draws in opposite pairs. tokens: of one forward
+    pass, padding included; memory and speed, never the result."""
 
     n: int = 10
     mode: str = "auto"
+    link: str = "mc"
     antithetic: bool = False
     tokens: int = 4096
 
@@ -31,6 +30,8 @@ class Prediction:
                 raise UserError(f"predictive.{name} must be >= 1, got {getattr(self, name)}")
         if self.mode not in MODES:
             raise UserError(f"predictive.mode: unknown {self.mode!r}{nearest(self.mode, MODES)}")
+        if self.link not in LINKS:
+            raise UserError(f"predictive.link: unknown {self.link!r}{nearest(self.link, LINKS)}")
 
 
 @dataclass(frozen=True)

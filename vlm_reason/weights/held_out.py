@@ -18,15 +18,18 @@ def held_out_nll(posterior: Posterior, job: Job, draws: int = 10) -> float | Non
     """-mean_i log mean_s p(y_i | f_s(x_i)) over job.held_out, nats an example; None without held-out examples."""
     if not job.held_out:
         return None
-    f = outputs_of_draws(posterior, job, job.held_out, draws)
-    return nll_of_outputs(f, job.held_out, job.likelihood)
+    result = posterior.predictive(
+        job.model, job.held_out, job.likelihood, draws, seed=job.seed, adapter=job.adapter
+    )
+    assert result.log_prob is not None
+    return -float(result.log_prob.double().mean())
 
 
 def outputs_of_draws(posterior: Posterior, job: Job, examples: Sequence[Example], draws: int) -> Tensor:
-    """f [S, B, C], fp64, of `draws` draws seeded by job.seed (one pass where nothing is uncertain)."""
-    mode = "auto" if posterior.uncertain() else "mean"
-    result = posterior.predictive(job.model, examples, job.likelihood, draws, mode, keep_logits=True, seed=job.seed,
-                                  adapter=job.adapter)  # fmt: skip
+    """f [S, B, C], fp64, of `draws` draws seeded by job.seed (one pass where nothing is uncertain), mode `auto`."""
+    result = posterior.predictive(
+        job.model, examples, job.likelihood, draws, keep_logits=True, seed=job.seed, adapter=job.adapter
+    )
     assert result.logits is not None
     return result.logits.double().cpu()
 

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 
 from ..atomic import write_atomically
@@ -33,7 +32,6 @@ from ..tasks.prompts import PromptBuilder
 from ..tasks.resolve import resolve_template
 from .config import BayesConfig
 from .data import Data, load_data
-from .examples import make_batch
 from .job import FitReport, Job
 from .posterior import Posterior
 from .start import load_start
@@ -129,10 +127,9 @@ def _plain(report: FitReport) -> dict[str, Any]:
 
 def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, output: Path) -> Rows:
     p = config.prediction_settings()
-    mode = p.mode if p.mode != "auto" or posterior.uncertain() else "mean"
     result = posterior.predictive(
-        job.model, data.test, job.likelihood, p.n, mode, seed=config.seed, antithetic=p.antithetic,
-        keep_logits=not data.labels, tokens=p.tokens, adapter=job.adapter,
+        job.model, data.test, job.likelihood, p.n, p.mode, seed=config.seed, antithetic=p.antithetic, link=p.link,
+        tokens=p.tokens, adapter=job.adapter,
     )  # fmt: skip
     rows: Rows = []
     if data.labels:
@@ -146,12 +143,10 @@ def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, 
                 "mutual_information": float(result.mutual_information[n]),
             })  # fmt: skip
     else:
-        assert result.logits is not None
-        logp = job.likelihood.log_prob(result.logits.double().cpu(), make_batch(data.test))
-        mixed = torch.logsumexp(logp, 0) - math.log(len(logp))
+        assert result.log_prob is not None
         for n, example in enumerate(data.test):
             tokens = len(example.ids) - int(example.target)
-            rows.append({"id": example.id, "logp": float(mixed[n]), "tokens": tokens})
+            rows.append({"id": example.id, "logp": float(result.log_prob[n]), "tokens": tokens})
     write_atomically(output / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -160,7 +155,7 @@ def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, 
 
 
 def _same_run_or_none(config: BayesConfig, output: Path) -> None:
-    made = [output / SUMMARY, output / POSTERIOR, *output.glob(f"{CHECKPOINTS}/*/checkpoint-*")]
+    made = [output / SUMMARY, output / POSTERIOR, *(output / CHECKPOINTS).rglob("checkpoint-*")]
     if not any(path.exists() for path in made):
         return
     written = output / CONFIG
@@ -168,7 +163,8 @@ def _same_run_or_none(config: BayesConfig, output: Path) -> None:
         raise UserError(f"{output} holds a run without its {CONFIG}: choose another output_dir")
     before = json.loads(json.dumps(yaml.safe_load(written.read_text())))
     now = json.loads(json.dumps(to_dict(config)))
-    different = sorted(key for key in now if before.get(key) != now[key])
+    free = {"output_dir"} if (output / SUMMARY).exists() else {"output_dir", "predictive", "eval_task"}
+    different = sorted(key for key in now if key not in free and before.get(key) != now[key])
     if different:
         key = different[0]
         raise UserError(
