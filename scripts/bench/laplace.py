@@ -102,12 +102,12 @@ def main() -> None:
     adapter = sum(p.numel() * p.element_size() for p in adapter_tensors(work.model).values())
     common = {"adapter_bytes": adapter, "rank": RANK, "kept": KEPT, "threads": torch.get_num_threads()}
     for name in ("kronecker", "kronecker_activations"):
-        curvature = KINDS[name]()
-        assert isinstance(curvature, KroneckerCurvature)
-        collect(work.model, work.train[:16], work.likelihood, curvature)
-        sums = sum(v.numel() * v.element_size() for v in curvature.small.values())
-        sides = sum(4 * side.numel() for side in curvature.large.values())
-        held = {"curvature": sums + sides, "posterior": posterior_of(work, curvature, 1)}
+        factors = KINDS[name]()
+        assert isinstance(factors, KroneckerCurvature)
+        collect(work.model, work.train[:16], work.likelihood, factors)
+        sums = sum(v.numel() * v.element_size() for v in factors.small.values())
+        sides = sum(4 * side.numel() for side in factors.large.values())
+        held = {"curvature": sums + sides, "posterior": posterior_of(work, factors, 1)}
         worst = max(held.values()) / (adapter * RANK)
         report("laplace", f"held_{name}", worst, MEMORY_BAR, {**common, "bytes": held})
     peak = peak_in_a_process_of_its_own("posterior")

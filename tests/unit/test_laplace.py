@@ -403,3 +403,34 @@ def test_what_cannot_be_done_says_so(job: Job) -> None:
     with pytest.raises(UserError, match="tau must be > 0"):
         kron.temper(0.0)
     assert as_matrix("x.lora_B.weight", torch.zeros(5, 2)).shape == (2, 5)
+
+
+def test_processes_share_the_examples_and_all_end_with_the_whole(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes acted one after the other."""
+    import copy
+
+    from vlm_reason.weights.curvature import collect as module_function
+
+    module = __import__(module_function.__module__, fromlist=["collect"])
+    alone = FullCurvature()
+    expected = collect(model, examples(), CHOICE, alone)
+    empty = FullCurvature()
+    found: list[Any] = []
+
+    def as_rank(number: int) -> Any:
+        def work(run: Any) -> list[Any]:
+            monkeypatch.setattr(module, "rank", lambda: number)
+            return [copy.deepcopy(run())]
+
+        return work
+
+    for number in range(2):  # what each of them sends
+        monkeypatch.setattr(module, "world", lambda: 2)
+        monkeypatch.setattr(module, "together", as_rank(number))
+        part = FullCurvature()
+        found.append((part, collect(model, examples(), CHOICE, part)))
+    monkeypatch.setattr(module, "together", lambda run: copy.deepcopy(found))
+    assert collect(model, examples(), CHOICE, empty) == pytest.approx(expected)
+    assert torch.allclose(empty.sums[""], alone.sums[""], rtol=1e-9, atol=1e-12)

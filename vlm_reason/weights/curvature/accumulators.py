@@ -146,7 +146,7 @@ class KroneckerCurvature:
                 _accumulate(self.small, name + A, (gu.mT @ gu).double())
                 self.source[name + A] = flow.source + A
                 if first and flow.source == name:
-                    self._add_large(name + A, name + A, flow.x[valid])
+                    self._add_large(name + A, name + A, flow.x[valid].to(flow.u.dtype))
             if self.over != "A":
                 if first:
                     u = flow.u[valid]

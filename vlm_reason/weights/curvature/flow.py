@@ -23,8 +23,8 @@ from ..examples import Batch
 
 @dataclass(frozen=True)
 class Flow:
-    """One LoRA layer. x [B, T, in], u [B, T, r]: its inputs; grad_u [B, T, r], grad_v [B, T, out]; valid [B, T]: not
-    padding. Layers that read the same tensor have the same `source`."""
+    """One LoRA layer. x [B, T, in], in the model's dtype, u [B, T, r]: its inputs; grad_u [B, T, r], grad_v
+    [B, T, out]; valid [B, T]: not padding. Layers that read the same tensor have the same `source`."""
 
     source: str
     x: Tensor
@@ -35,7 +35,7 @@ class Flow:
 
     def grad_a(self) -> Tensor:
         """[B, r, in], of every example."""
-        return self.grad_u.mT @ self.x
+        return self.grad_u.mT @ self.x.to(self.grad_u.dtype)
 
     def grad_b(self) -> Tensor:
         """[B, out, r]"""
@@ -89,12 +89,17 @@ class Recorder:
                 for t, g in zip((u, v), grads[2 * n : 2 * n + 2], strict=True)
             )
             valid = _valid(halves[min(len(done), len(halves) - 1)], u)
-            rows = tuple(_in_rows(t, len(batch), name) for t in (x.to(u.dtype), u.detach(), gu, gv))
+            rows = tuple(_in_rows(t, len(batch), name) for t in (x, u.detach(), gu, gv))
             done.append((*rows, valid))
         return {
-            name: Flow(source[name], *(torch.cat(pieces, 1) for pieces in zip(*done, strict=True)))
+            name: Flow(source[name], *(_joined(pieces) for pieces in zip(*done, strict=True)))
             for name, done in parts.items()
         }
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Several calls of one layer (the halves of pairs), along positions."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)
 
 
 def _valid(batch: Batch, u: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 H: the generalised Gauss-Newton matrix at theta*, over all N examples, in eval mode (curvature/). delta: the prior's
 precision, by the marginal likelihood unless told otherwise (curvature/evidence.py).
 
-Predict with mode="linearised": H belongs to the linearised model, and draws put through the network itself may leave
-the region in which it is one.
+H belongs to the linearised model, which mode="linearised" predicts with; draws put through the network itself may
+leave the region in which it is one. Compare the two on held-out data.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Laplace:
     train         train by job.training first; None: only where the adapter is untrained (every B is zero)
     tokens        of a batch of the curvature pass, padding included
 
-    The report's details have log_evidence (nats), prior_precision by group, and what the curvature cost. held_out_nll
-    is that of the linearised model. UserError for settings out of range, a full covariance above `largest_full`
+    Plain LoRA factors of linear layers are uncertain, other tensors of the adapter certain. The report's details have
+    log_evidence (nats), prior_precision by group, and what the curvature cost; held_out_nll is that of the linearised
+    model. UserError for settings out of range, a full covariance above `largest_full`
     weights, and a token likelihood without `samples`.
     """
 
