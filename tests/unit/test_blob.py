@@ -100,7 +100,7 @@ def test_rows_have_the_law_of_draws_and_do_not_share_it() -> None:
     seen = []
     with torch.no_grad():
         plain = model(x[None].repeat(4, 1))
-        for step in range(3000):
+        for step in range(2000):
             with flipout(model, sigma, row_noise(shapes, names, seed=0, step=step)):
                 seen.append(model(x[None].repeat(4, 1)) - plain)
     noise = torch.stack(seen).double()  # [steps, rows, outputs]
@@ -110,7 +110,7 @@ def test_rows_have_the_law_of_draws_and_do_not_share_it() -> None:
     assert float((ratio - 1).abs().max()) < 0.03
     assert float((noise.std(0) / exact - 1).abs().max()) < 0.05  # each row by itself
     correlation = torch.corrcoef(noise[:, :, 0].T) - torch.eye(4)
-    assert float(correlation.abs().max()) < 0.06
+    assert float(correlation.abs().max()) < 0.08
 
 
 def test_noise_does_not_depend_on_the_batch() -> None:
