@@ -20,7 +20,6 @@ from .examples import Example
 from .likelihoods import Likelihood
 from .posterior import Posterior
 
-
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 

@@ -70,8 +70,8 @@ class DiagonalGaussian(Posterior):
 
     @classmethod
     def from_ivon(cls, optimizer: IVON, model: PeftModel, adapter: str = "default") -> DiagonalGaussian:
-        """See `Posterior.from_optimizer`. sigma^2 = 1 / (lambda (h + delta)), prior precision lambda delta. Groups of the
-        optimiser that name another adapter in their key `adapter` are left out."""
+        """See `Posterior.from_optimizer`. sigma^2 = 1 / (lambda (h + delta)), prior precision lambda delta. Groups of
+        the optimiser that name another adapter in their key `adapter` are left out."""
         tensors = adapter_tensors(model, adapter)
         key_of = {id(p): key for key, p in tensors.items()}
         mean: Tree = {}
