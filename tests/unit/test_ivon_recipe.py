@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import vlm_reason.traces.run as run_module
-from tests.suite_parts import save_model
 from vlm_reason.cli.optim import optimization_of
 from vlm_reason.config import RunConfig, from_dict
 from vlm_reason.engines.base import Law, ScoreRequest
@@ -34,7 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:IVON. .* of hess_init")  # runs 
 
 @pytest.fixture
 def recipe(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., RunConfig]:
-    save_model(tiny_llama, tiny_tokenizer, tmp_path / "model")
+    liked = tiny_tokenizer.convert_tokens_to_ids([*"0123", "\n"])
+    with torch.no_grad():  # most of what it says is a short number
+        tiny_llama.get_input_embeddings().weight[:, 0] = 8.0
+        tiny_llama.lm_head.weight[liked, 0] += 3.0
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"id": f"p{i}", "question": f"{i}+{i + 1}", "answer": str(2 * i + 1)} for i in range(8)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
