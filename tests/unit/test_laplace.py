@@ -231,7 +231,7 @@ def job(model: PeftModel) -> Job:
 SHAPES = {
     "kronecker": Laplace(rank=3, groups="kind"),
     "shared": Laplace(rank=3, factors="activations", groups="tensor"),
-    "full": Laplace(structure="full", groups="tensor"),
+    "full": Laplace(structure="full", groups="kind"),
 }
 
 
