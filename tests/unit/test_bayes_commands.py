@@ -176,6 +176,29 @@ def test_killed_anywhere_and_repeated_is_uninterrupted(
     assert {**fits[0], "seconds": 0} == {**fits[1], "seconds": 0}
 
 
+@pytest.mark.parametrize("method", ["blob", "langevin", "swag"])
+def test_methods_with_states_of_their_own_resume_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from vlm_reason.weights.training import AdapterTrainer
+
+    step = AdapterTrainer.training_step
+
+    def killed_at_five(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    own = (f"method={method}", "eval_task=null", "training.epochs=3")
+    run_bayes(config_of(folder, *own, f"output_dir={folder / 'whole'}"), False)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(AdapterTrainer, "training_step", killed_at_five)
+        run_bayes(config_of(folder, *own), False)
+    assert [p.name for p in (folder / "run").rglob("checkpoint-*")] == ["checkpoint-4"]
+    run_bayes(config_of(folder, *own), False)
+    assert files_of(folder / "run" / "posterior") == files_of(folder / "whole" / "posterior")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

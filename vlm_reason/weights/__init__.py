@@ -1,5 +1,6 @@
 """Uncertainty of weights: methods that learn a posterior over an adapter, families of posteriors, their predictions."""
 
+from .callback import IVONCallback
 from .examples import Batch, Choices, Example, choice_examples, in_batches, make_batch
 from .families import FAMILIES
 from .families.diagonal import DiagonalGaussian
@@ -15,7 +16,7 @@ from .settings import Diagnostics, Settings, diagnose, suggest_settings
 
 __all__ = [
     "FAMILIES", "IVON", "METHODS", "Batch", "BradleyTerry", "Choice", "Choices", "Diagnostics", "DiagonalGaussian",
-    "Example", "FitReport", "Job", "LeaveOneOut", "Likelihood", "MergeReport", "Origin", "Posterior", "Predictive",
+    "Example", "FitReport", "IVONCallback", "Job", "LeaveOneOut", "Likelihood", "MergeReport", "Origin", "Posterior", "Predictive",
     "Regression", "Settings", "Tokens", "Training", "best_checkpoint", "choice_examples", "diagnose", "in_batches",
     "make_batch", "merge", "suggest_settings",
 ]  # fmt: skip
