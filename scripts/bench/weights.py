@@ -7,13 +7,19 @@ The parameters are those of rank-16 adapters on the query and value projections 
 `torch.optim.AdamW(foreach=True)`'s, in alternation in one process; fastest, because what another process takes away is
 no property of either. `memory` is the peak while an optimiser is made and does two steps, above what the process held
 with parameters and gradients in place, in units of P (bytes of the parameters); each in a process of its own.
+
+Where the package ivon-opt can be imported (its licence is the GPL: we neither depend on it nor install it), a third row
+is how many times faster our step is than its: block of a draw, and step. `pip install --no-deps --target FOLDER
+ivon-opt`, then PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from command import bench_parser
@@ -22,7 +28,8 @@ from torch import Tensor
 
 from vlm_reason.weights import IVON
 
-TIME_BAR, MEMORY_BAR = 1.3, 5.2
+TIME_BAR, MEMORY_BAR, PEER_BAR = 1.3, 5.2, 2.0
+PEER = "ivon"  # the module that the package ivon-opt installs
 MATRICES, RANK, WIDTH = 256, 16, 4096
 
 
@@ -34,7 +41,25 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
 
 
-SIDES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"ivon": ivon, "adamw": adamw}
+class Peer:
+    """ivon-opt: the draw is in place inside a block, at whose end it takes the gradients."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        import ivon as package
+
+        self.own = package.IVON(
+            parameters, lr=0.03, ess=1e7, hess_init=3e-4, weight_decay=1e-6, clip_radius=1e-3
+        )
+
+    def step(self) -> None:
+        with self.own.sampled_params(train=True):
+            pass
+        self.own.step()
+
+
+SIDES: dict[str, Callable[[list[Tensor]], Any]] = {"ivon": ivon, "adamw": adamw}
+if importlib.util.find_spec(PEER) is not None:
+    SIDES["ivon-opt"] = Peer
 
 
 def adapter(matrices: int) -> list[Tensor]:
@@ -80,6 +105,11 @@ def main() -> None:
         "weights", "ivon_step_time", min(seconds["ivon"]) / min(seconds["adamw"]), TIME_BAR,
         {**common, "seconds": {s: [round(x, 4) for x in t] for s, t in seconds.items()}},
     )  # fmt: skip
+    if "ivon-opt" in SIDES:
+        report(
+            "weights", "ivon_opt_over_ivon_step_time", min(seconds["ivon-opt"]) / min(seconds["ivon"]), PEER_BAR,
+            common, at_least=True,
+        )  # fmt: skip
     peak = {side: peak_in_a_process_of_its_own(side) / (4 * elements) for side in SIDES}
     report(
         "weights", "ivon_step_memory", peak["ivon"], MEMORY_BAR,

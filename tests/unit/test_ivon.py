@@ -268,6 +268,24 @@ def test_resumed_is_uninterrupted_to_the_bit(dtype: torch.dtype, mc_samples: int
             assert resumed.state[q]["precision"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_eps_is_held_as_long_as_it_is_said(mc_samples: int) -> None:
+    """Its name is that of the first step it is used in: hold = 1 has the same draws there."""
+    p, q = parameter(40), parameter(40)
+    held = IVON([p], 0.1, 400, weight_decay=0.0, hold=3, mc_samples=mc_samples)
+    fresh = IVON([q], 0.1, 400, weight_decay=0.0, mc_samples=mc_samples)
+    seen: dict[str, list[Tensor]] = {"held": [], "fresh": []}
+    for step in range(7):
+        for name, optimizer, own in (("held", held, p), ("fresh", fresh, q)):
+            state = optimizer.state[own]
+            seen[name].append((own.detach() - state["mean"]) * (400 * state["precision"]).sqrt())
+            own.grad = gradient(own, step)
+            optimizer.step()
+    for step in range(7):
+        torch.testing.assert_close(seen["held"][step], seen["fresh"][step - step % 3], rtol=0, atol=1e-4)
+        assert step % 3 or not step or (seen["held"][step] - seen["held"][step - 1]).abs().max() > 0.5
+
+
 def test_loading_wrong_states_is_refused() -> None:
     p = parameter(5)
     optimizer = IVON([p], 0.1, 100)
