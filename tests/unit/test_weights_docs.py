@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
 
 from vlm_reason import weights
-from vlm_reason.weights import FAMILIES, IVON, Posterior
+from vlm_reason.weights import FAMILIES, IVON, METHODS, Posterior
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "weights.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "weights.md").read_text()
+IVON_PAGE = (DOCS / "ivon.md").read_text()
+METHODS_PAGE = (DOCS / "bayesian_lora.md").read_text()
 
 
 def test_every_method_of_a_posterior_is_named() -> None:
@@ -20,13 +24,23 @@ def test_every_method_of_a_posterior_is_named() -> None:
 
 
 def test_settings_and_families_are_the_codes() -> None:
-    table = PAGE.split("### Settings")[1].split("`diagnose")[0]
+    table = IVON_PAGE.split("## Settings")[1].split("`diagnose")[0]
     named = {
         n for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for n in re.findall(r"`(\w+)`", cell)
     }
     arguments = set(inspect.signature(IVON).parameters)
     assert named == arguments - {"params", "mc_samples", "hess_approx", "seed", "horizon", "data_size"}
-    assert set(weights.__all__) - set(re.findall(r"\w+", PAGE)) <= {
+    assert set(weights.__all__) - set(re.findall(r"\w+", PAGE + IVON_PAGE)) <= {
         "DiagonalGaussian", "Diagnostics", "Origin", "Settings"
     }  # fmt: skip
     assert all(f"`{name}`" in PAGE for name in FAMILIES)
+
+
+def test_every_method_is_on_both_pages_and_its_settings_are_explained() -> None:
+    for name, cls in METHODS.items():
+        assert f"`{name}`" in PAGE, name
+        if name in ("map", "temperature", "ensemble", "ivon"):
+            continue  # their settings are on the pages of commands and of IVON
+        assert name in METHODS_PAGE, name
+        missing = [f.name for f in dataclasses.fields(cls) if f"`{f.name}`" not in METHODS_PAGE]
+        assert not missing, (name, missing)

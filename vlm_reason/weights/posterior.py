@@ -51,6 +51,7 @@ from .artefact import (
 if TYPE_CHECKING:
     from .examples import Batch, Example
     from .ivon import IVON
+    from .job import FitReport, Method, Training
     from .likelihoods import Likelihood
     from .loo import LeaveOneOut
     from .predictive import Predictive
@@ -89,6 +90,33 @@ class Posterior(ABC):
         from .families.diagonal import DiagonalGaussian
 
         return DiagonalGaussian.from_ivon(optimizer, model, adapter)
+
+    @staticmethod
+    def fit(
+        model: PeftModel,
+        data: Sequence[Example],
+        likelihood: Likelihood,
+        method: str | Method = "laplace",
+        training: Training | None = None,
+        held_out: Sequence[Example] = (),
+        start: Posterior | None = None,
+        seed: int = 0,
+        adapter: str = "default",
+    ) -> tuple[Posterior, FitReport]:
+        """Fit `method`, a name in METHODS (with its default settings) or a method with settings of yours, to adapter
+        `adapter` of `model`, in place: afterwards it holds the mean. `Job` has the meaning of the rest, and more.
+
+        UserError for an unknown method, no data, and what the method refuses.
+        """
+        from .job import Job, Training
+        from .methods import METHODS
+
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r}{nearest(method, METHODS)}")
+            method = METHODS[method]()
+        job = Job(model, data, likelihood, training or Training(), held_out, start, seed, adapter)
+        return method.fit(job)
 
     # ------------------------------------------------------------------------------------------ what a family gives
 
