@@ -17,6 +17,6 @@ from .settings import Diagnostics, Settings, diagnose, suggest_settings
 __all__ = [
     "FAMILIES", "IVON", "METHODS", "Batch", "BradleyTerry", "Choice", "Choices", "Diagnostics", "DiagonalGaussian",
     "Example", "FitReport", "IVONCallback", "Job", "LeaveOneOut", "Likelihood", "MergeReport", "Origin",
-    "Posterior", "Predictive", "Regression", "Settings", "Tokens", "Training", "best_checkpoint", "choice_examples", "diagnose", "in_batches",
-    "make_batch", "merge", "suggest_settings",
+    "Posterior", "Predictive", "Regression", "Settings", "Tokens", "Training", "best_checkpoint", "choice_examples",
+    "diagnose", "in_batches", "make_batch", "merge", "suggest_settings",
 ]  # fmt: skip
