@@ -248,7 +248,10 @@ def by_hand(model: PeftModel, batch: Any, likelihood: Any, keys: Sequence[str]) 
 EXAMPLES = [Example(str(n), tuple(range(5 + n, 9 + 2 * n)), n % 3) for n in range(4)]
 
 
-@pytest.mark.parametrize("options", [{}, {"layers_to_transform": [1]}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layers_to_transform": [1]}, {"use_dora": True}, {"modules_to_save": ["norm"]}, {"lora_bias": True}],
+)
 def test_jacobians_are_those_of_one_example_at_a_time(tiny_llama, options) -> None:
     model = adapted(tiny_llama, **options)
     batch, likelihood = make_batch(EXAMPLES), Choice((3, 5, 7))
@@ -262,6 +265,21 @@ def test_jacobians_are_those_of_one_example_at_a_time(tiny_llama, options) -> No
     for key in keys:
         assert found[key].shape == (4, 3, *want[key].shape[2:])
         assert torch.allclose(found[key], want[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_b_stays_in_the_outputs(tiny_llama) -> None:
+    model = adapted(tiny_llama, lora_bias=True)
+    tensors = adapter_tensors(model)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if key.endswith(".bias"):
+                value.normal_(generator=torch.Generator().manual_seed(len(key)))
+    batch, likelihood = make_batch(EXAMPLES), Choice((3, 5, 7))
+    keys = [key for key in tensors if not key.endswith(".bias")]
+    f, found = jacobians(model, batch, likelihood, keys)
+    assert torch.allclose(f, likelihood.outputs(model, batch), atol=1e-5)
+    want = by_hand(model, batch, likelihood, keys)
+    assert all(torch.allclose(found[key], want[key], rtol=1e-4, atol=1e-5) for key in keys)
 
 
 def test_jacobians_of_some_keys_with_one_output(tiny_llama) -> None:

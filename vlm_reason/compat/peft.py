@@ -73,17 +73,17 @@ def is_lean(model: nn.Module) -> bool:
 
 
 Update = Callable[[Tensor], Tensor]
-"""x [R, T, in] -> what the adapter adds to W x, [R, T, out]."""
+"""x [R, T, in] -> what the adapter adds to W x, but for a bias of B, [R, T, out]."""
 
 
 @contextmanager
 def lora_updates(
     model: nn.Module, adapter: str, make: Callable[[str, Linear], Update | None]
 ) -> Iterator[list[str]]:
-    """Inside the block, a plain LoRA linear layer gives base(x) + update(x) with what `make(name, layer)` returns; None
-    leaves the layer to PEFT. Gives the names replaced: what a layer's keys have before `.lora_A.weight` in an
-    adapter file. Works with gradients. A layer of another kind that holds `adapter` (DoRA, embeddings, convolutions,
-    saved modules) is not offered."""
+    """Inside the block, a plain LoRA linear layer gives base(x) + update(x) with what `make(name, layer)` returns, and
+    s b more where B has a bias b; None leaves the layer to PEFT. Gives the names replaced: what a layer's keys have
+    before `.lora_A.weight` in an adapter file. Works with gradients. A layer of another kind that holds `adapter` (DoRA,
+    embeddings, convolutions, saved modules) is not offered."""
     replaced: list[Linear] = []
     names: list[str] = []
     try:
@@ -91,7 +91,7 @@ def lora_updates(
             if type(module) is not Linear or adapter not in module.lora_A or adapter in module.lora_variant:
                 continue
             if (update := make(name, module)) is not None:
-                module.forward = _with_update(module.base_layer, update)  # type: ignore[method-assign, assignment]
+                module.forward = _with_update(module, adapter, update)  # type: ignore[method-assign, assignment]
                 replaced.append(module)
                 names.append(name)
         yield names
@@ -100,10 +100,16 @@ def lora_updates(
             del module.forward
 
 
-def _with_update(base: nn.Module, update: Update) -> Callable[[Tensor], Tensor]:
+def _with_update(layer: Linear, adapter: str, update: Update) -> Callable[[Tensor], Tensor]:
+    base, bias = layer.base_layer, layer.lora_B[adapter].bias
+    scaling = float(layer.scaling[adapter])
+
     def forward(x: Tensor) -> Tensor:
         y = base(x)
-        added = update(x).to(y.dtype)
+        added = update(x)
+        if bias is not None:
+            added = added + scaling * bias
+        added = added.to(y.dtype)
         return y + added if torch.is_grad_enabled() else y.add_(added)
 
     return forward

@@ -114,7 +114,7 @@ def flipout(
 def _noisy(layer: Any, adapter: str, perturbation: Tensor, s: Tensor, t: Tensor) -> Update:
     down, up, dropout = (
         layer.lora_A[adapter].weight,
-        layer.lora_B[adapter],
+        layer.lora_B[adapter].weight,
         layer.lora_dropout[adapter],
     )
     scaling = float(layer.scaling[adapter])
@@ -127,6 +127,6 @@ def _noisy(layer: Any, adapter: str, perturbation: Tensor, s: Tensor, t: Tensor)
         flipped = F.linear(x * s.to(x.dtype).view(shape), perturbation.to(x.dtype)) * t.to(x.dtype).view(
             shape
         )
-        return up(F.linear(x, down) + flipped) * scaling
+        return F.linear(F.linear(x, down) + flipped, up) * scaling
 
     return update

@@ -45,15 +45,18 @@ def jacobians(
         return row_update(copies[both[0]], copies[both[1]], scaling)
 
     with torch.enable_grad(), lora_updates(model, adapter, make):
-        if not set(wanted) <= copies.keys():
-            return _one_by_one(model, batch, likelihood, {key: tensors[key] for key in wanted})
-        f = likelihood.outputs(model, batch)
-        leaves = [copies[key] for key in wanted]
-        rows = [
-            torch.autograd.grad(f[:, c].sum(), leaves, retain_graph=c + 1 < f.shape[1])
-            for c in range(f.shape[1])
-        ]
-    return f.detach(), {key: torch.stack([row[n] for row in rows], 1) for n, key in enumerate(wanted)}
+        if set(wanted) <= copies.keys():
+            f = likelihood.outputs(model, batch)
+            leaves = [copies[key] for key in wanted]
+            rows = [
+                torch.autograd.grad(f[:, c].sum(), leaves, retain_graph=c + 1 < f.shape[1])
+                for c in range(f.shape[1])
+            ]
+            return f.detach(), {
+                key: torch.stack([row[n] for row in rows], 1) for n, key in enumerate(wanted)
+            }
+    with torch.enable_grad():
+        return _one_by_one(model, batch, likelihood, {key: tensors[key] for key in wanted})
 
 
 def _one_by_one(
