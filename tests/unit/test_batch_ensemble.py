@@ -47,6 +47,20 @@ def test_each_row_goes_through_its_member(tiny_llama: Any) -> None:
         assert float((alone - plain).abs().max()) > 0.05  # the factors do something
 
 
+def test_an_adapter_on_the_lm_head(tiny_llama: Any) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
+    job = Job(model.eval(), examples(), LIKELIHOOD)
+    factors, rows = trained_like(job), examples(4)
+    with torch.no_grad(), factors.in_rows(model, torch.tensor([2, 0, 1, 2])):
+        together = LIKELIHOOD.outputs(model, make_batch(rows))
+    posterior = Particles({}, factors.trees(job), Origin())
+    for row, member in enumerate((2, 0, 1, 2)):
+        posterior.write(model, posterior.trees()[member])
+        alone = LIKELIHOOD.outputs(model, make_batch([rows[row]])).detach()
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_member_s_update_is_its_rank_one_times_the_shared_one(tiny_llama: Any) -> None:
     job = tiny_job(tiny_llama)
     factors = trained_like(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from vlm_reason.errors import UserError
-from vlm_reason.weights import Choice, Example, Job, Origin, Training
+from vlm_reason.weights import Choice, Example, Job, Origin, Tokens, Training
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.masks import Masks, binary_entropy
 from vlm_reason.weights.methods.concrete_dropout import ConcreteDropout, mask_divergence, relaxed_keep
@@ -26,11 +27,11 @@ KEY = "layer.lora_A.weight"
 LIKELIHOOD = Choice((5, 9, 11))
 
 
-def adapted(base: Any, rank: int = 3, **keys: Any) -> PeftModel:
+def adapted(
+    base: Any, rank: int = 3, targets: Sequence[str] = ("q_proj", "v_proj"), **keys: Any
+) -> PeftModel:
     torch.manual_seed(1)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=4, target_modules=["q_proj", "v_proj"], **keys
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=4, target_modules=list(targets), **keys)
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for key, value in adapter_tensors(model).items():
@@ -143,6 +144,27 @@ def test_wrong_masks_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ under training
+
+
+@pytest.mark.parametrize("axis", ["columns", "ranks"])
+def test_masks_on_the_lm_head(axis: Any, tiny_llama: Any) -> None:
+    """Which is given one vector an example, [B, width]; under a token likelihood, positions: refused."""
+    model = adapted(tiny_llama, targets=["lm_head"])
+    data, tensors = examples(4), adapter_tensors(model)
+    factors = {
+        k: (torch.rand(4, n) > 0.3).float() / 0.7 for k, n in mask_sizes(model, "default", axis).items()
+    }
+    (name,) = factors
+    with torch.no_grad(), masked(model, "default", factors, axis):
+        f = LIKELIHOOD.outputs(model, make_batch(data))
+        with pytest.raises(UserError, match="one row an example"):
+            Tokens().outputs(model, make_batch(data))
+    a = tensors[name + ".lora_A.weight"]
+    own = a.detach().clone()
+    for n, example in enumerate(data):
+        a.data.copy_(own * (factors[name][n] if axis == "columns" else factors[name][n][:, None]))
+        alone = LIKELIHOOD.outputs(model, make_batch([example]))[0]
+        torch.testing.assert_close(f[n], alone.detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["columns", "ranks"])

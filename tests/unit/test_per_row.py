@@ -250,7 +250,13 @@ EXAMPLES = [Example(str(n), tuple(range(5 + n, 9 + 2 * n)), n % 3) for n in rang
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layers_to_transform": [1]}, {"use_dora": True}, {"modules_to_save": ["norm"]}, {"lora_bias": True}],
+    [
+        {},
+        {"layers_to_transform": [1]},
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+        {"lora_bias": True},
+    ],
 )
 def test_jacobians_are_those_of_one_example_at_a_time(tiny_llama, options) -> None:
     model = adapted(tiny_llama, **options)

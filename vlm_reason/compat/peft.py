@@ -82,8 +82,8 @@ def lora_updates(
 ) -> Iterator[list[str]]:
     """Inside the block, a plain LoRA linear layer gives base(x) + update(x) with what `make(name, layer)` returns, and
     s b more where B has a bias b; None leaves the layer to PEFT. Gives the names replaced: what a layer's keys have
-    before `.lora_A.weight` in an adapter file. Works with gradients. A layer of another kind that holds `adapter` (DoRA,
-    embeddings, convolutions, saved modules) is not offered."""
+    before `.lora_A.weight` in an adapter file. Works with gradients. A layer of another kind that holds `adapter`
+    (DoRA, embeddings, convolutions, saved modules) is not offered."""
     replaced: list[Linear] = []
     names: list[str] = []
     try:

@@ -52,9 +52,7 @@ def jacobians(
                 torch.autograd.grad(f[:, c].sum(), leaves, retain_graph=c + 1 < f.shape[1])
                 for c in range(f.shape[1])
             ]
-            return f.detach(), {
-                key: torch.stack([row[n] for row in rows], 1) for n, key in enumerate(wanted)
-            }
+            return f.detach(), {key: torch.stack([row[n] for row in rows], 1) for n, key in enumerate(wanted)}
     with torch.enable_grad():
         return _one_by_one(model, batch, likelihood, {key: tensors[key] for key in wanted})
 

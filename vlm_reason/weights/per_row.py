@@ -100,6 +100,17 @@ def row_update(a: Tensor, b: Tensor, scaling: float) -> Update:
     return update
 
 
+def by_row(values: Tensor, x: Tensor) -> Tensor:
+    """values [R, n], shaped to multiply x [R, ..., n] row by row. UserError for an x of other rows: an LM head under a
+    token likelihood is given positions, not examples."""
+    if len(x) != len(values):
+        raise UserError(
+            f"a layer was given {len(x)} rows for {len(values)} examples: where every example goes through weights of "
+            "its own it needs one row an example; leave the LM head out of the adapter"
+        )
+    return values.view(len(values), *[1] * (x.ndim - 2), -1)
+
+
 def _times(x: Tensor, factor: Tensor) -> Tensor:
     """x [S, R, i] times factor [S or 1, i, o]."""
     return x @ factor[0] if len(factor) == 1 else torch.bmm(x, factor)

@@ -31,7 +31,7 @@ from ..held_out import held_out_nll
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood
 from ..noise import REQUESTED, Draw
-from ..per_row import A, B
+from ..per_row import A, B, by_row
 from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict, whole
 from ..training import negative_log_likelihood, train
 
@@ -134,9 +134,13 @@ class RankOneFactors:
                 return None
             a, b = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
             rows = which.to(a.device)
-            s, r = self.inputs[name][rows][:, None], self.outputs[name][rows][:, None]
+            s, r = self.inputs[name][rows], self.outputs[name][rows]
             scaling = float(layer.scaling[self.adapter])
-            return lambda x: F.linear(F.linear(x.to(a.dtype) * s, a), b) * r * scaling
+
+            def update(x: Tensor) -> Tensor:
+                return F.linear(F.linear(x.to(a.dtype) * by_row(s, x), a), b) * by_row(r, x) * scaling
+
+            return update
 
         with lora_updates(model, self.adapter, make):
             yield

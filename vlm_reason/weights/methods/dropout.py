@@ -29,6 +29,7 @@ from ..families.masks import FACTOR, Axis, Masks
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood
+from ..per_row import by_row
 from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
 from ..training import Trained, negative_log_likelihood, train
 
@@ -117,14 +118,14 @@ def masked(model: PeftModel, adapter: str, factors: Mapping[str, Tensor], axis: 
     def make(name: str, layer: Any) -> Update:
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         scaling = float(layer.scaling[adapter])
-        factor = factors[name].to(down.device, down.dtype)[:, None]  # [rows, 1, units]
+        factor = factors[name].to(down.device, down.dtype)  # [rows, units]
 
         def update(x: Tensor) -> Tensor:
             x = x.to(down.dtype)
             if axis == "columns":
-                h = F.linear(x * factor, down)
+                h = F.linear(x * by_row(factor, x), down)
             else:
-                h = F.linear(x, down) * factor
+                h = F.linear(x, down) * by_row(factor, x)
             return F.linear(h, up) * scaling
 
         return update
