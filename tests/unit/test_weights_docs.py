@@ -36,6 +36,7 @@ def test_settings_and_families_are_the_codes() -> None:
         "DiagonalGaussian",
         "Diagnostics",
         "LeaveOneOut",
+        "Likelihood",
         "MergeReport",
         "Predictive",
         "Origin",
