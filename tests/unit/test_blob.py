@@ -227,6 +227,7 @@ def test_yesterdays_posterior_is_todays_prior(tiny_llama: Any) -> None:
     second, report = BLoB(sigma_learning_rate=1e-7).fit(job)
     assert isinstance(first, DiagonalGaussian) and isinstance(second, DiagonalGaussian)
     assert report.details["prior"] == "start"
+    assert second.origin.prior == {}
     assert report.details["kl"] == pytest.approx(0, abs=1e-2)
     for key in first.uncertain():
         torch.testing.assert_close(second.sigma()[key], first.sigma()[key], rtol=1e-3, atol=0)

@@ -32,11 +32,14 @@ from vlm_reason.weights.callback import IVONCallback
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.particles import Particles
 from vlm_reason.weights.held_out import nll_of_outputs, outputs_of_draws
+from vlm_reason.weights.methods import METHODS
+from vlm_reason.weights.methods.dropout import Dropout
 from vlm_reason.weights.methods.ensemble import Ensemble, anew, member_seed, put
 from vlm_reason.weights.methods.ivon import IVON as IVONMethod
 from vlm_reason.weights.methods.map import MAP
+from vlm_reason.weights.methods.rank_masks import RankMasks
 from vlm_reason.weights.methods.temperature import Temperature, best_temperature, scale, split_off
-from vlm_reason.weights.posterior import adapter_tensors
+from vlm_reason.weights.posterior import Origin, adapter_tensors, peft_config_dict
 from vlm_reason.weights.training import (
     micro_batches,
     negative_log_likelihood,
@@ -525,3 +528,27 @@ def test_the_callback_refuses_another_optimiser(tiny_llama: Any, tmp_path: Path)
     adam = torch.optim.AdamW(list(adapter_tensors(model).values()))
     with pytest.raises(UserError, match="needs Trainer.*the optimiser is AdamW"):
         own_trainer(model, tmp_path, adam).train()
+
+
+# ------------------------------------------------------------------------------------------------- starts, checkpoints
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"ensemble", "mixture"}))
+def test_a_start_on_another_base_model_is_refused(name: str, tiny_llama: Any) -> None:
+    model = adapted(tiny_llama)
+    start = DiagonalGaussian(
+        peft_config_dict(model, "default"), weights(model), {}, Origin(base="of another")
+    )
+    options: dict[str, Any] = {"temperature": {"method": None}}.get(name, {})
+    long = replace(SHORT, epochs=40)
+    job = Job(model, examples(8), LABELS, long, held_out=examples(4), start=start)
+    with pytest.raises(UserError, match="base model with hash of another"):
+        METHODS[name](**options).fit(job)
+
+
+def test_a_checkpoint_of_other_settings_of_a_method_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
+    job = Job(adapted(tiny_llama), examples(8), LABELS, replace(SHORT, epochs=1), output_dir=tmp_path)
+    Dropout(0.1).fit(job)
+    for other in (Dropout(0.3), RankMasks(0.1), MAP()):
+        with pytest.raises(UserError, match="was made with method = .*'dropout', 0.1"):
+            other.fit(job)

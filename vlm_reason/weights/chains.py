@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from .artefact import Tree
+from .continual import start_from
 from .families.particles import Particles
 from .held_out import held_out_nll
 from .job import FitReport, Job
@@ -109,8 +110,7 @@ def fit_chain(
         raise UserError(
             f"{name}: the run is too short to keep a state: train for more epochs, or lower burn_in"
         )
-    if job.start is not None:
-        job.start.write(job.model, job.start.mean(), job.adapter)
+    start_from(job)
     states = TakeStates(at, read, method)
     trained = train(
         replace(job, training=replace(job.training, max_grad_norm=0.0)),

@@ -76,6 +76,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     name: str = "train",
     dropout: bool = False,
+    method: object = None,
 ) -> Trained:
     """Minimise the mean of `loss` over job.train, in place; the model is in eval mode afterwards.
 
@@ -83,6 +84,8 @@ def train(
     callbacks   transformers' TrainerCallbacks. What one with `state_dict` and `load_state_dict` holds is checkpointed
     name        subfolder of job.output_dir for checkpoints, so that the stages of one method resume one by one
     dropout     train mode, for adapters with dropout; the base model has none. Without it everything is in eval mode
+    method      the settings that `loss` and the optimiser are made of, where they are not job.training alone: its repr
+                is among what a checkpoint must share with this run
 
     Started again with the same job, it goes on from the last checkpoint, on the CPU as if it had never stopped, and a
     finished stage is only read back. UserError for a loss or gradient that is not finite, naming the step, and for
@@ -99,7 +102,7 @@ def train(
     with tempfile.TemporaryDirectory(prefix="vlm-reason-") as scratch:
         folder = Path(scratch) if job.output_dir is None else job.output_dir / name
         args = _arguments(job, folder, steps)
-        identity = _identity(job, name, chosen, steps)
+        identity = _identity(job, name, chosen, steps, method)
         found = None if job.output_dir is None else together(lambda: latest(folder, identity))[0]
         stateful = [c for c in callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
         try:
@@ -193,14 +196,17 @@ def _arguments(job: Job, folder: Path, steps: int) -> TrainingArguments:
     return args
 
 
-def _identity(job: Job, name: str, chosen: Sequence[nn.Parameter], steps: int) -> dict[str, Any]:
+def _identity(
+    job: Job, name: str, chosen: Sequence[nn.Parameter], steps: int, method: object
+) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on."""
     t = replace(job.training, save_steps=1, tokens_per_microbatch=1)
     data = hashlib.blake2b(digest_size=8)
     for example in job.train:
         data.update(repr(example).encode())
     return {
-        "stage": name, "steps": steps, "seed": job.seed, "training": {k: v for k, v in vars(t).items()},
+        "stage": name, "method": "" if method is None else repr(method), "steps": steps, "seed": job.seed,
+        "training": {k: v for k, v in vars(t).items()},
         "examples": data.hexdigest(), "likelihood": type(job.likelihood).__name__,
         "parameters": [list(p.shape) for p in chosen],
     }  # fmt: skip

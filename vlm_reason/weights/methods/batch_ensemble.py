@@ -25,6 +25,7 @@ from ...compat.peft import Update, lora_updates
 from ...errors import UserError
 from ..artefact import Tree
 from ..chains import check_method
+from ..continual import start_from
 from ..examples import Batch
 from ..families.particles import Particles
 from ..held_out import held_out_nll
@@ -56,8 +57,7 @@ class BatchEnsemble:
             raise UserError(f"batch_ensemble: spread must be > 0, got {self.spread}")
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
-        if job.start is not None:
-            job.start.write(job.model, job.start.mean(), job.adapter)
+        start_from(job)
         factors = RankOneFactors.around_one(job, self.members, self.spread)
         step = _Step(self)
 

@@ -88,8 +88,9 @@ class BLoB:
         trained = train(
             job, loss=loss, make_optimizer=lambda p, steps: self._optimizer(job, loss, p, steps),
             parameters=[*_parameters(job.model, job.adapter), *roots.values()], callbacks=[_Step(loss)], name="blob",
+            method=self,
         )  # fmt: skip
-        posterior = self._posterior(job, roots)
+        posterior = self._posterior(job, roots, zero_mean=sigmas is None)
         with torch.no_grad():
             kl = float(loss.kl())
         nll = loss.likelihood_part(trained.losses)
@@ -140,9 +141,10 @@ class BLoB:
         t = job.training
         return torch.optim.AdamW(groups, lr=t.learning_rate, weight_decay=t.weight_decay)
 
-    def _posterior(self, job: Job, roots: Mapping[str, Tensor]) -> DiagonalGaussian:
+    def _posterior(self, job: Job, roots: Mapping[str, Tensor], zero_mean: bool) -> DiagonalGaussian:
+        """zero_mean: of the prior; another than N(0, sigma_p^2) is not what an Origin can hold."""
         count = len(job.train)
-        prior = {name + A: self.prior_sigma**-2 for name in roots}
+        prior = {name + A: self.prior_sigma**-2 for name in roots} if zero_mean else {}
         origin = Origin(
             base_fingerprint(job.model), ess=count / self.kl_weight if self.kl_weight else None, data_size=count,
             prior=prior,

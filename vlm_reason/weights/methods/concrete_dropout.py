@@ -92,6 +92,7 @@ class ConcreteDropout:
             make_optimizer=optimizer,
             parameters=[*parameters, *logits.values()],
             callbacks=[masks],
+            method=self,
         )
         drop = {name: float(logit.detach().double().sigmoid()) for name, logit in logits.items()}
         posterior = masks_of(job, drop, self.axis)

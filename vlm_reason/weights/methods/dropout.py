@@ -64,7 +64,7 @@ def fit_fixed(job: Job, method: str, p: float, axis: Axis) -> tuple[Masks, FitRe
 
     start_from(job)
     keys = mask_sizes(job.model, job.adapter, axis)
-    trained = train(job, loss=loss, callbacks=[masks])
+    trained = train(job, loss=loss, callbacks=[masks], method=(method, p))
     posterior = masks_of(job, dict.fromkeys(keys, p), axis)
     return posterior, mask_report(job, method, posterior, trained)
 

@@ -60,13 +60,14 @@ class IVON:
         loss = prior_loss(job, self.prior)
         seconds, steps = 0.0, 0
         if self.start == "map":
-            first = train(job, loss=loss, name="map")
+            first = train(job, loss=loss, name="map", method="prior start" if self.prior == "start" else None)
             seconds, steps = first.seconds, first.steps
         trained = train(
             job,
             loss=loss,
             make_optimizer=lambda parameters, n: self.optimizer(job, parameters, n),
             name="ivon",
+            method=self,
         )
         optimizer = trained.optimizer
         assert isinstance(optimizer, Optimizer)

@@ -23,7 +23,7 @@ class MAP:
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
         start_from(job)
-        trained = train(job, loss=prior_loss(job, self.prior))
+        trained = train(job, loss=prior_loss(job, self.prior), method=self if self.prior == "start" else None)
         posterior = point(job)
         return posterior, FitReport(
             "map", posterior.family, len(job.train), trained.steps, trained.seconds, trained.final_loss,

@@ -155,13 +155,16 @@ def _trained(job: Job, settings: Settings, prior: DiagonalGaussian | None) -> in
         if settings.train is not None
         else untrained and (job.start is None or prior is not None)
     )
-    if job.start is not None and (prior is None or wanted):
-        job.start.write(job.model, job.start.mean(), job.adapter)
+    if job.start is not None:
+        job.start.check_base(job.model)
+        if prior is None or wanted:
+            job.start.write(job.model, job.start.mean(), job.adapter)
     if not wanted:
         return 0
     if prior is None:
         return train(job).steps
-    return train(job, loss=_penalised(job, prior, settings.temperature / len(job.train))).steps
+    loss = _penalised(job, prior, settings.temperature / len(job.train))
+    return train(job, loss=loss, method=("prior start", settings.temperature)).steps
 
 
 def _penalised(

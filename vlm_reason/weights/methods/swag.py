@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from ...errors import UserError
 from ..artefact import Tree
 from ..chains import SetEveryStep, adapter_state, check_method
+from ..continual import start_from
 from ..families.low_rank_plus_diagonal import LowRankPlusDiagonal
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
@@ -74,8 +75,7 @@ class SWAG:
 
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
         notes = self.notes(job)
-        if job.start is not None:
-            job.start.write(job.model, job.start.mean(), job.adapter)
+        start_from(job)
         path = PathMoments(job, notes, self)
         callbacks = [SetEveryStep(lambda step: {"lr": self.rate(job, notes, step)}), path]
         trained = train(job, callbacks=callbacks, name="swag")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...config import from_dict
 from ...errors import UserError, nearest
+from ..continual import start_from
 from ..examples import Example, make_batch
 from ..held_out import nll_of_outputs, outputs_of_draws
 from ..job import FitReport, Job
@@ -80,7 +81,7 @@ class Temperature:
         if self.method is None:
             if job.start is None:
                 raise UserError("temperature: method is null and there is no posterior to start from")
-            job.start.write(job.model, job.start.mean(), job.adapter)
+            start_from(job)
             return job.start, FitReport("given", job.start.family, len(job.train), 0, 0.0)
         if self.method not in METHODS:
             raise UserError(f"temperature: unknown method {self.method!r}{nearest(self.method, METHODS)}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...errors import UserError
+from ..continual import start_from
 from ..examples import Batch, make_batch
 from ..families.last_layer import LastLayer, kind_of
 from ..heads import (
@@ -94,8 +95,7 @@ class VBLL:
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
         """UserError for a likelihood without one target an example, and for what a last layer cannot be fitted on."""
         kind_of(job.likelihood)
-        if job.start is not None:
-            job.start.write(job.model, job.start.mean(), job.adapter)
+        start_from(job)
         began = time.perf_counter()
         backbone = Backbone(job.model, job.likelihood)
         found = backbone.states_of(job.train)
@@ -180,7 +180,7 @@ class VBLL:
 
         trained = train(
             job, loss=loss, make_optimizer=make_optimizer, parameters=[*adapter, *own], callbacks=[clock],
-            name="vbll",
+            name="vbll", method=self,
         )  # fmt: skip
         head.cpu(), feature_map.cpu()
         if learns_prior:
