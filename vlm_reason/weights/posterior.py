@@ -72,6 +72,10 @@ class Origin:
     output_temperature: float = 1.0
 
 
+_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What s in s B A follows from."""
+
+
 class Posterior(ABC):
     """A distribution over adapters of one shape. What a family cannot do raises a UserError that says so."""
 
@@ -362,9 +366,15 @@ class Posterior(ABC):
             )
 
     def attach(self, model: nn.Module, adapter: str = "default") -> PeftModel:
-        """`model`, the bare base model, with an adapter that holds the mean; `write` puts draws in its place."""
+        """`model`, the bare base model, with an adapter that holds the mean; `write` puts draws in its place. UserError
+        for another base model, and for one whose modules are not the adapter's."""
         self.check_base(model)
-        wrapped = cast(PeftModel, get_peft_model(cast(Any, model), self._peft_config(), adapter_name=adapter))
+        try:
+            wrapped = cast(
+                PeftModel, get_peft_model(cast(Any, model), self._peft_config(), adapter_name=adapter)
+            )
+        except ValueError as error:
+            raise UserError(f"the adapter does not fit this model: {error}") from error
         self.write(wrapped, self.mean(), adapter)
         return wrapped.eval()
 
@@ -377,6 +387,11 @@ class Posterior(ABC):
         if wrong:
             raise UserError(f"the posterior does not fit adapter {adapter!r}: {len(wrong)} tensors differ in name or "
                             f"shape, the first is {wrong[0]!r}")  # fmt: skip
+        for name in _SCALING if "lora_alpha" in self.adapter_config else ():
+            theirs = getattr(model.peft_config[adapter], name, None)
+            if (self.adapter_config.get(name) or None) != (theirs or None):
+                raise UserError(f"the posterior does not fit adapter {adapter!r}: its {name} is "
+                                f"{self.adapter_config.get(name)!r}, the adapter's {theirs!r}")  # fmt: skip
         set_peft_model_state_dict(model, dict(tree), adapter_name=adapter)
 
     def _peft_config(self) -> PeftConfig:
