@@ -30,6 +30,7 @@ from vlm_reason.types import Problem
 from vlm_reason.weights import DiagonalGaussian, Origin, Posterior
 from vlm_reason.weights.config import BayesConfig
 from vlm_reason.weights.data import token_examples
+from vlm_reason.weights.families.last_layer import LastLayer
 from vlm_reason.weights.inspection import inspect
 from vlm_reason.weights.methods.ensemble import Ensemble
 from vlm_reason.weights.run import run_bayes
@@ -301,6 +302,11 @@ def test_what_is_no_adapter_is_said(folder: Path, stranger: Path, capfd: pytest.
     config = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     assert "has rank 3, adapter_config.json says r = 4" in said(broken)
+    elsewhere = folder / "elsewhere"
+    shutil.copytree(stranger, elsewhere)
+    config = json.loads((elsewhere / "adapter_config.json").read_text())
+    (elsewhere / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
+    assert "the adapter does not fit this model: Target modules {'c_attn'} not found" in said(elsewhere)
     assert not (folder / "out" / "posterior").exists()
 
 
@@ -369,6 +375,17 @@ def test_inspect_measures_what_has_no_diagonal(tmp_path: Path) -> None:
     assert found["quantiles"]["sigma"] == pytest.approx([math.sqrt(8 / 31)] * 5, rel=1e-5)
     DiagonalGaussian(q.adapter_config, q.mean(), {}, Origin()).save(tmp_path / "point")
     assert inspect(tmp_path / "point")["quantiles"] is None
+
+
+def test_inspect_looks_at_a_last_layer(folder: Path) -> None:
+    run_bayes(config_of(folder, "method=vbll", "eval_task=null"), False)
+    found = inspect(folder / "run" / "posterior")
+    posterior = Posterior.load(folder / "run" / "posterior")
+    assert isinstance(posterior, LastLayer)
+    sigma = posterior.head.covariance.diagonal().sqrt().expand_as(posterior.head.mean)
+    assert found["uncertain_weights"] == posterior.head.mean.numel() and found["sigma_from"] == "covariance"
+    assert found["tensors"]["head"] == {"shape": list(sigma.shape), "sigma": pytest.approx(float(sigma.median()))}
+    assert sum(t["sigma"] > 0 for t in found["tensors"].values()) == 1
 
 
 def test_merge(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

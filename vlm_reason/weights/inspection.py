@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .artefact import Tree
+from .families.last_layer import HEAD, LastLayer
 from .posterior import Posterior
 from .settings import QUANTILES
 
@@ -23,12 +24,15 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """family, base (hash), data_size N, ess lambda, temperature N / lambda, temper, output_temperature, updates; sizes;
     prior (precisions and how many tensors have each); kl_to_prior in nats, None where there is none in closed form;
     quantiles over the uncertain weights of sigma and sigma / |mean| (`sigma_from`: the diagonal of the covariance, or
-    the standard deviation of 32 draws where the family does not give it); tensors (shape and median sigma of each).
+    the standard deviation of 32 draws where the family does not give it); tensors (shape and median sigma of each, a
+    last layer's among them as `head`).
 
     UserError as `Posterior.load`.
     """
     posterior = Posterior.load(folder)
     origin, mean, uncertain = posterior.origin, posterior.mean(), posterior.uncertain()
+    if isinstance(posterior, LastLayer):
+        mean[HEAD] = posterior.head.mean.detach()
     sigma, source = _sigma(posterior, uncertain)
     size, ess = origin.data_size, origin.ess
     return {
@@ -65,6 +69,9 @@ def _kl(posterior: Posterior) -> float | None:
 def _sigma(posterior: Posterior, uncertain: list[str]) -> tuple[Tree, str | None]:
     if not uncertain:
         return {}, None
+    if isinstance(posterior, LastLayer):
+        head = posterior.head
+        return {HEAD: head.covariance.diagonal().detach().sqrt().expand_as(head.mean)}, "covariance"
     try:
         precision = posterior.precision_diag()
     except UserError:
