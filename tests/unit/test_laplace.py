@@ -403,6 +403,11 @@ def test_what_cannot_be_done_says_so(job: Job) -> None:
     with pytest.raises(UserError, match="tau must be > 0"):
         kron.temper(0.0)
     assert as_matrix("x.lora_B.weight", torch.zeros(5, 2)).shape == (2, 5)
+    with torch.no_grad():
+        for p in adapter_tensors(job.model).values():
+            p.fill_(math.nan)
+    with pytest.raises(UserError, match="the outputs for example .* are not finite"):
+        Laplace(train=False).fit(job)
 
 
 def test_processes_share_the_examples_and_all_end_with_the_whole(

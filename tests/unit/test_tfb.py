@@ -183,6 +183,11 @@ def test_a_step_in_the_criterion_is_bracketed() -> None:
     assert 0.95 * 0.0123 <= found.sigma <= 0.0123
 
 
+def test_outputs_that_are_not_finite_are_no_feasible_ones() -> None:
+    with pytest.raises(UserError, match="not finite with noise of sigma 0.5: give a smaller `largest`"):
+        search(lambda s: bent(s) if s <= 0.05 else bent(s) * math.nan, mean_square, start=0.5)
+
+
 def test_no_noise_at_all() -> None:
     with pytest.raises(UserError, match="no noise is tolerated"):
         search(bent, lambda f: 1.0)
@@ -381,4 +386,8 @@ def test_errors_leave_the_adapter_as_it_was(tiny_llama: Any) -> None:
         for key, p in adapter_tensors(model).items():
             p.mul_(0 if ".lora_B" in key else 1)
     with pytest.raises(UserError, match="no LoRA layer whose B is not 0.*train it first"):
+        TFB().fit(job_of(model))
+    with torch.no_grad():
+        p.fill_(math.nan)
+    with pytest.raises(UserError, match="of adapter 'default' are NaN or infinite"):
         TFB().fit(job_of(model))

@@ -182,7 +182,8 @@ class NoiseScale:
         return bad / REACH if not good else math.sqrt(good * min(bad, REACH * good, self.largest))
 
     def _at(self, sigma: float, rows: int) -> Tensor:
-        """Outputs at sigma of the first `rows`, or of more where there are more already."""
+        """Outputs at sigma of the first `rows`, or of more where there are more already. UserError where they are not
+        finite: a NaN is beyond no bound."""
         point = next((p for p in self.points if p.sigma == sigma), None)
         if point is None:
             point = Point(sigma, self.evaluate(sigma, 0, rows))
@@ -191,6 +192,8 @@ class NoiseScale:
             point.outputs = torch.cat((point.outputs, self.evaluate(sigma, point.rows, rows)), 1)
         else:
             return point.outputs
+        if not bool(torch.isfinite(point.outputs).all()):
+            raise UserError(f"outputs are not finite with noise of sigma {sigma:g}: give a smaller `largest`")
         self.trail.append((sigma, rows, self.excess(point.outputs)))
         return point.outputs
 

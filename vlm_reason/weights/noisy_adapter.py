@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .artefact import Tree
+from .artefact import Tree, check_finite
 from .column_basis import column_basis
 from .examples import Batch, Example, in_batches, make_batch
 from .families.diagonal import DiagonalGaussian
@@ -40,6 +40,7 @@ class NoisyAdapter:
         self.job, self.draws, self.tokens, self.forwards = job, draws, tokens, 0
         self.examples = [replace(e, id=str(n)) for n, e in enumerate(examples)]
         given = {key: whole(value) for key, value in adapter_tensors(job.model, job.adapter).items()}
+        check_finite(given, f"of adapter {job.adapter!r}")
         basis = column_basis(given)
         if not basis.rows:
             raise UserError(

@@ -94,6 +94,9 @@ def _functions(
         f, drawn = likelihood.sampled(model, batch, generators, samples)
         return likelihood.log_prob(f, batch), [d / math.sqrt(samples) for d in drawn]
     f = likelihood.outputs(model, batch)
+    if not bool(torch.isfinite(f).all()):
+        wrong = batch.ids[int((~torch.isfinite(f)).any(-1).nonzero()[0])]
+        raise UserError(f"the outputs for example {wrong!r} are not finite: look at the adapter's weights")
     logp = likelihood.log_prob(f.detach(), batch)
     if not 0 < samples < f.shape[-1]:
         return logp, list(_exact(f, likelihood))
