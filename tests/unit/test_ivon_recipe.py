@@ -142,6 +142,11 @@ def test_an_update_takes_in_whole_windows(recipe: Any) -> None:
     trainer = make_trainer(config, False, optimization_of(config))
     with pytest.raises(UserError, match="must be 1 or a multiple of 2"):
         trainer.create_optimizer()
+    config = recipe(ivon={"mc_samples": 5 * STEPS})
+    with pytest.raises(
+        UserError, match="mc_samples is 10, the run has 8 steps: nothing would ever be updated"
+    ):
+        make_trainer(config, False, optimization_of(config)).create_optimizer()
     summary = train(recipe("k2", ivon={"sigma": 0.05, "mc_samples": 2 * STEPS}))
     assert summary["steps"] == 8 and summary["posterior"]["updates"] == 2
 

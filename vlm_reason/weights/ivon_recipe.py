@@ -65,9 +65,13 @@ def make_ivon(
             f"ivon.mc_samples is {config.mc_samples}, a window has {steps_per_window} steps: it counts steps, and must "
             f"be 1 or a multiple of {steps_per_window}, so that an update takes in whole windows"
         )
+    if config.mc_samples > steps:
+        raise UserError(
+            f"ivon.mc_samples is {config.mc_samples}, the run has {steps} steps: nothing would ever be updated"
+        )
     if not learning_rate > 0:
         raise UserError(f"trainer.learning_rate must be > 0 with optim: ivon, got {learning_rate}")
-    updates = max(1, steps // config.mc_samples)
+    updates = steps // config.mc_samples
     s = suggest_settings(updates, data_size, config.sigma, config.temperature, config.weight_decay)
     return IVON(
         list(parameters),
