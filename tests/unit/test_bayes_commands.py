@@ -27,7 +27,15 @@ from vlm_reason.errors import UserError
 from vlm_reason.tasks.prompts import PromptBuilder
 from vlm_reason.tasks.resolve import resolve_template
 from vlm_reason.types import Problem
-from vlm_reason.weights import DiagonalGaussian, Origin, Posterior
+from vlm_reason.weights import (
+    BradleyTerry,
+    DiagonalGaussian,
+    Example,
+    Origin,
+    Posterior,
+    choice_examples,
+    make_batch,
+)
 from vlm_reason.weights.config import BayesConfig
 from vlm_reason.weights.data import token_examples
 from vlm_reason.weights.families.last_layer import LastLayer
@@ -287,6 +295,25 @@ def test_a_posterior_around_anybodys_adapter(
         assert all(torch.equal(posterior.mean()[k], v) for k, v in saved.items())
 
 
+def test_labels_that_the_tokenizer_writes_alike_become_letters(tiny_tokenizer: Any) -> None:
+    builder = PromptBuilder(tiny_tokenizer, resolve_template("labels"))
+
+    def labels(*names: str) -> tuple[int, ...]:
+        problem = Problem("p", "fine", names[0], metadata={"labels": names})
+        return choice_examples([problem], builder).label_ids
+
+    letters = tuple(tiny_tokenizer.convert_tokens_to_ids(["a", "b"]))
+    assert labels("yes", "Yes") == letters  # it lowers case
+    assert labels("yes", "no") == tuple(tiny_tokenizer.convert_tokens_to_ids(["y", "n"]))
+
+
+def test_pairs_have_two_halves() -> None:
+    with pytest.raises(UserError, match="example 'b' has no rejected sequence, others of its batch have one"):
+        make_batch([Example("a", (3, 4), rejected=(5,)), Example("b", (3, 4))])
+    with pytest.raises(UserError, match="example 'b' has no rejected sequence: preferences are between two"):
+        BradleyTerry(torch.ones(4)).outputs(torch.nn.Linear(4, 4), make_batch([Example("b", (3, 4))]))
+
+
 def test_what_is_no_adapter_is_said(folder: Path, stranger: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def said(adapter: Path, *more: str) -> str:
         asked = ["bayes", "tfb", adapter, "--data", folder / "run.yaml", "-o", folder / "out"]
@@ -384,7 +411,10 @@ def test_inspect_looks_at_a_last_layer(folder: Path) -> None:
     assert isinstance(posterior, LastLayer)
     sigma = posterior.head.covariance.diagonal().sqrt().expand_as(posterior.head.mean)
     assert found["uncertain_weights"] == posterior.head.mean.numel() and found["sigma_from"] == "covariance"
-    assert found["tensors"]["head"] == {"shape": list(sigma.shape), "sigma": pytest.approx(float(sigma.median()))}
+    assert found["tensors"]["head"] == {
+        "shape": list(sigma.shape),
+        "sigma": pytest.approx(float(sigma.median())),
+    }
     assert sum(t["sigma"] > 0 for t in found["tensors"].values()) == 1
 
 

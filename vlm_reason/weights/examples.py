@@ -61,7 +61,7 @@ class Batch:
 
 
 def make_batch(examples: Sequence[Example], pad: int = 0) -> Batch:
-    """UserError without examples, or for one without tokens."""
+    """UserError without examples, for one without tokens, and where only some have a `rejected`."""
     if not examples:
         raise UserError("no examples: a batch needs at least one")
     empty = [e.id for e in examples if not e.ids]
@@ -71,6 +71,9 @@ def make_batch(examples: Sequence[Example], pad: int = 0) -> Batch:
     targets = torch.tensor([e.target for e in examples])
     rejected = None
     if any(e.rejected for e in examples):
+        single = [e.id for e in examples if not e.rejected]
+        if single:
+            raise UserError(f"example {single[0]!r} has no rejected sequence, others of its batch have one")
         rejected = _padded(names, [e.rejected for e in examples], targets, pad, None)
     return _padded(names, [e.ids for e in examples], targets, pad, rejected)
 
@@ -149,8 +152,12 @@ def _label_index(problem: Problem, names: Sequence[str]) -> int:
 def _first_tokens(builder: PromptBuilder, names: Sequence[str]) -> tuple[Ids, Ids] | None:
     """(what all of them begin with, the token behind it of each); None where two share that token too."""
     texts = [builder.answer_ids(name) for name in names]
+    if len(set(texts)) < len(texts):
+        return None
     shared = 0
     while len({ids[: shared + 1] for ids in texts}) == 1 and len(texts) > 1:
         shared += 1
+    if any(len(text) == shared for text in texts):  # one is how others begin
+        return None
     ids = tuple(text[shared] for text in texts)
     return (texts[0][:shared], ids) if len(set(ids)) == len(ids) else None

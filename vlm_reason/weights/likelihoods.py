@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..scoring.enter import unwrap
 from ..scoring.head import head_logits, head_logprobs, logits_of
 from .examples import Batch, Ids
@@ -177,7 +178,8 @@ class BradleyTerry:
     weight: Tensor
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        assert batch.rejected is not None, "preference pairs have a rejected half"
+        if batch.rejected is None:
+            raise UserError(f"example {batch.ids[0]!r} has no rejected sequence: preferences are between two")
         weight = self.weight.to(batch.input_ids.device)
         better, worse = last_hidden(model, batch), last_hidden(model, batch.rejected)
         return ((better.float() - worse.float()) @ weight)[:, None]
