@@ -185,6 +185,7 @@ def test_a_checkpoint_of_another_run_is_refused(job: Job, tmp_path: Path) -> Non
         ({"training": replace(SHORT, learning_rate=1e-3)}, "training ="),
         ({"train": examples(20, seed=9)}, "examples ="),
         ({"seed": 4}, "seed = 0, this run has 4"),
+        ({"likelihood": Choice((5, 9, 7))}, "likelihood ="),  # another eval_task may bring another label
     ):
         with pytest.raises(UserError, match=f"{what}.*choose another output_dir"):
             train(again(job, output_dir=tmp_path, **change))

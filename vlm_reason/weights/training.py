@@ -207,7 +207,8 @@ def _identity(
     return {
         "stage": name, "method": "" if method is None else repr(method), "steps": steps, "seed": job.seed,
         "training": {k: v for k, v in vars(t).items()},
-        "examples": data.hexdigest(), "likelihood": type(job.likelihood).__name__,
+        "examples": data.hexdigest(),
+        "likelihood": [type(job.likelihood).__name__, *getattr(job.likelihood, "label_ids", ())],
         "parameters": [list(p.shape) for p in chosen],
     }  # fmt: skip
 
