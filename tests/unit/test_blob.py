@@ -249,6 +249,17 @@ def test_the_cyclic_weights_have_mean_one(tiny_llama: Any) -> None:
     assert weights[0] == pytest.approx(7 * 2 / (2**8 - 2))
 
 
+def test_a_process_without_examples_of_a_step_knows_its_divergence(tiny_llama: Any) -> None:
+    """Batches of one example on two processes: one of them never computes a loss."""
+    root, mean = torch.nn.Parameter(torch.full((2, 3), 0.3)), torch.ones(2, 3)
+    prior = {"layer": (torch.zeros(()), torch.tensor(0.2))}
+    loss = blob._Elbo(BLoB(), job_of(tiny_llama), {"layer": mean}, {"layer": root}, prior)
+    for step in range(20):
+        loss.begin(step)
+    share = float(loss.kl().detach()) / len(loss.job.train)
+    assert loss.likelihood_part([5.0 + share] * 20) == pytest.approx(5.0)
+
+
 def test_layers_of_another_kind_are_trained_and_certain(tiny_llama: Any) -> None:
     torch.manual_seed(0)
     config = LoraConfig(

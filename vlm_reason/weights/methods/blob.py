@@ -179,9 +179,16 @@ class _Elbo:
         nll = torch.stack(
             [self._sampled(model, batch, likelihood, k) for k in range(self.method.samples)]
         ).mean()
-        divergence = self._weight() * self.kl() / len(self.job.train)
-        self.divergences[self.step :] = [float(divergence.detach())]
-        return nll + divergence
+        return nll + self._divergence()
+
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        """Step `step`, whether or not this process has examples of it."""
+        self.step = step
+        self.divergences[step:] = [float(self._divergence())]
+
+    def _divergence(self) -> Tensor:
+        return self._weight() * self.kl() / len(self.job.train)
 
     def likelihood_part(self, losses: Sequence[float]) -> float:
         """Mean over the last tenth of the steps of E_q[-log p(y | x)], nats an example."""
@@ -221,7 +228,7 @@ class _Step(TrainerCallback):
         self.loss = loss
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.loss.step = state.global_step
+        self.loss.begin(state.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"divergences": list(self.loss.divergences)}
