@@ -296,3 +296,18 @@ def test_nothing_is_left_where_writing_fails(
     with pytest.raises(OSError, match="no space"):
         q.save(tmp_path / "second")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_that_scales_its_update_otherwise_is_refused(tiny_llama: Any) -> None:
+    """Of the same shapes, so nothing else shows that s B A is another."""
+    model = adapted(copy.deepcopy(tiny_llama))
+    q = Posterior.from_optimizer(fitted(model, 1), model)
+    torch.manual_seed(1)
+    targets = ["q_proj", "v_proj"]
+    for keys, named in (
+        ({"lora_alpha": 8}, "lora_alpha"),
+        ({"lora_alpha": 4, "use_rslora": True}, "use_rslora"),
+    ):
+        other = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=targets, **keys))
+        with pytest.raises(UserError, match=f"does not fit adapter 'default': its {named} is"):
+            q.write(other, q.mean())
