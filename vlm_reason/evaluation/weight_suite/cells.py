@@ -30,6 +30,7 @@ from ...weights import Choice, Example, FitReport, Job, Posterior, Predictive
 from ...weights.examples import choice_examples
 from ...weights.predictive import predictive
 from ...weights.trunk import above_trunk, first_adapted_layer
+from ..result import commit
 from .config import MethodEntry, SetEntry, WeightSuite
 
 ADAPTER = "default"
@@ -128,7 +129,7 @@ class Cells:
             "set": name, "seed": seed, "method": method, "names": data.names,
             "labels": [int(e.target) for e in data.test], "test": _columns(test),
             "out_of_domain": None if strangers is None else _columns(strangers), "fit_seconds": fit_seconds,
-            "predict_seconds": predict_seconds, "report": asdict(report),
+            "predict_seconds": predict_seconds, "report": asdict(report), "commit": commit(),
         }  # fmt: skip
         write_atomically(path, json.dumps(cell, default=_plain) + "\n")
 

@@ -1,4 +1,4 @@
-"""The table as a picture: NLL, ECE and AURC of every method, a panel a set, with the interval over seeds."""
+"""The table as a picture, a column a set: NLL less the reference's (paired), ECE and AURC (over seeds)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SHOWN = (("nll", "NLL, nats"), ("ece", "ECE"), ("aurc", "AURC"))
+SHOWN = (("nll_difference", "NLL - reference, nats"), ("ece", "ECE"), ("aurc", "AURC"))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], reference: str, path: str | Path) -> Path:
@@ -25,13 +25,15 @@ def plot(rows: Sequence[Mapping[str, Any]], reference: str, path: str | Path) ->
         for line, (metric, label) in enumerate(SHOWN):
             axis = axes[line][column]
             for place, method in enumerate(methods):
-                if method not in own or own[method][metric] is None:
+                if method not in own or own[method].get(metric) is None:
                     continue
                 value, ci = own[method][metric]["value"], own[method][metric]["ci"]
                 low, high = max(0.0, value - ci[0]), max(0.0, ci[1] - value)
                 error = [[low], [high]] if low == low and high == high else None
                 axis.errorbar(value, place, xerr=error, fmt="o", color="C0", ms=4, lw=1)
-            if reference in own:
+            if metric == "nll_difference":
+                axis.axvline(0.0, color="0.6", ls="--", lw=0.8)
+            elif reference in own:
                 axis.axvline(own[reference][metric]["value"], color="0.6", ls="--", lw=0.8)
             axis.set_yticks(range(len(methods)), methods, fontsize=7)
             axis.set_ylim(len(methods) - 0.5, -0.5)

@@ -38,9 +38,16 @@ def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any
         for name, seed, method in bar:
             bar.set_postfix_str(f"{name} {seed} {method}")
             cells.run(name, seed, method)
-    rows = table(read_cells(folder), suite.reference)
+    found = read_cells(folder)
+    sets, methods = list(suite.sets), list(suite.methods)  # others, of an earlier call, come last
+    order = {name: n for n, name in enumerate([*sets, *methods])}
+    rows = sorted(
+        table(found, suite.reference),
+        key=lambda row: (order.get(row["set"], len(order)), order.get(row["method"], len(order))),
+    )
     result = {
         **header("weights", to_dict(suite)), "kind": "weight_suite", "reference": suite.reference,
+        "cells_commits": sorted({str(cell.get("commit")) for cell in found}),
         "seconds": time.perf_counter() - started, "cells_run": len(todo), "rows": rows,
         "verdicts": verdicts(rows, suite.reference), "requirements": [], "file": str(folder / "result.json"),
     }  # fmt: skip
