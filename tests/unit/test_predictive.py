@@ -534,6 +534,22 @@ def test_draws_that_cannot_share_our_forward(tiny_llama, options: dict[str, Any]
     assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
 
 
+def test_draws_of_a_layer_in_front_of_the_decoders() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = adapted(OPTForCausalLM(config), ("project_in", "q_proj"))
+    posterior = posterior_of(model)
+    draws_module._said.clear()
+    with pytest.warns(UserWarning, match="project_in.* is no plain LoRA factor of a decoder layer"):
+        found = posterior.predictive(model, EXAMPLES, CHOICE, 3, keep_logits=True)
+    assert found.mode == "batched"
+    assert (found.logits - logits_alone(model, posterior, 3)).abs().max() < 1e-5
+
+
 def test_an_uncertain_head(tiny_llama) -> None:
     model = adapted(tiny_llama, ("q_proj", "lm_head"))
     posterior = posterior_of(model, 0.1)

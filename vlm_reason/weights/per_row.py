@@ -153,6 +153,10 @@ class _Chain:
         )
         return _Chain(layers, name, head)
 
+    def holds(self, key: str) -> bool:
+        in_head = self.head is not None and key in (self.head + A, self.head + B)
+        return in_head or key.startswith(self.name + ".")
+
     def place(self, key: str) -> int:
         """Number of the layer that `key` belongs to; that of the layers for the LM head."""
         if key.startswith(self.name + "."):
@@ -166,6 +170,12 @@ def in_head(model: nn.Module, key: str) -> bool:
     """Whether `key` is a LoRA factor of the LM head."""
     head = _Chain.of(model).head
     return head is not None and key.startswith(head + ".")
+
+
+def can_differ_by_row(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Those of `keys` that lie in a decoder layer or in the LM head, where draws may differ in one forward."""
+    chain = _Chain.of(model)
+    return {key for key in keys if chain.holds(key)}
 
 
 @contextmanager

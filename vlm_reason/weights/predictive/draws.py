@@ -18,7 +18,7 @@ from ...compat.peft import draws_as_adapters, plain_lora_keys
 from ..artefact import Tree
 from ..examples import Batch
 from ..likelihoods import BradleyTerry, Likelihood, Tokens
-from ..per_row import draws_in_rows, in_head, stack
+from ..per_row import can_differ_by_row, draws_in_rows, in_head, stack
 from ..posterior import adapter_tensors
 from .result import entropy
 from .rows import Rows
@@ -51,14 +51,15 @@ class Outputs:
 
 def way_of(posterior: Posterior, model: PeftModel, likelihood: Likelihood | None, adapter: str) -> Way:
     """How draws can share a forward: our own rows, PEFT's mixed batches, or not at all."""
-    plain = plain_lora_keys(model, adapter)
+    plain = can_differ_by_row(model, plain_lora_keys(model, adapter))
     uncertain = [key for key in posterior.uncertain()]
     if isinstance(likelihood, Tokens) and any(in_head(model, key) for key in uncertain):
         reason = "an uncertain LM head under a token likelihood"
     elif other := sorted(set(uncertain) - plain):
         if not any(".lora_magnitude_vector" in key for key in posterior.mean()):
             _once(
-                f"predictive: {other[0]} is no plain LoRA factor: PEFT's mixed batches take the place of ours"
+                f"predictive: {other[0]} is no plain LoRA factor of a decoder layer: "
+                "PEFT's mixed batches take the place of ours"
             )
             return "mixed"
         reason = f"{other[0]} can be in no batch with others"
