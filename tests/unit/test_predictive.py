@@ -513,6 +513,7 @@ def test_wrong_requests(tiny_llama, options: dict[str, Any], words: str) -> None
     [
         ({"targets": ("q_proj", "embed_tokens")}, "batched"),
         ({"modules_to_save": ["lm_head"]}, "batched"),
+        ({"modules_to_save": ["norm"]}, "sequential"),
         ({"use_dora": True}, "sequential"),
     ],
 )

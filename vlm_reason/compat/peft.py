@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,6 +127,13 @@ def plain_lora_keys(model: PeftModel, adapter: str) -> set[str]:
     with lora_updates(model, adapter, note):
         pass
     return found
+
+
+def mixes_saved_modules(model: nn.Module) -> bool:
+    """Whether PEFT's mixed batches take all modules that adapters of `model` keep whole: norms are refused there."""
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    saved = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    return all(isinstance(m.original_module, kinds) for m in saved)
 
 
 @contextmanager
