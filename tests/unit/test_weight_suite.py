@@ -90,6 +90,32 @@ def test_seeds_train_on_other_problems_and_test_on_the_same(config: dict[str, An
     assert one["test"]["probs"] != other["test"]["probs"]
 
 
+def test_a_method_may_join_that_starts_from_one_that_has_run(config: dict[str, Any]) -> None:
+    asked = {"only": ["b"], "seeds": [0]}
+    assert run(config, **asked, methods={"map": {"method": "map"}})["cells_run"] == 1
+    assert run(config, **asked)["cells_run"] == 2  # map once more, for its posterior
+    assert run(config, **asked)["cells_run"] == 0
+
+
+def test_one_seed_has_no_interval_and_the_result_is_json(config: dict[str, Any]) -> None:
+    run(config, only=["b"], seeds=[0], methods={"map": {"method": "map"}})
+    text = (Path(config["output_dir"]) / "result.json").read_text()
+    [row] = json.loads(text, parse_constant=pytest.fail)["rows"]
+    assert row["nll"]["ci"] == [None, None] and row["nll"]["value"] > 0
+
+
+def test_strangers_are_asked_with_labels(config: dict[str, Any], tmp_path: Path) -> None:
+    lines = [
+        {"id": f"q{n}", "question": f"{n} or {n + 1}?", "choices": [str(n), str(n + 1)], "label": 0}
+        for n in range(40)
+    ]
+    for name, part in (("train", lines[:20]), ("test", lines[20:])):
+        (tmp_path / "a" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    sets = {**config["sets"], "a": {**config["sets"]["a"], "template": "choices"}}
+    with pytest.raises(UserError, match="sets.a.out_of_domain: its own problems have no labels"):
+        run(config, sets=sets, only=["a"])
+
+
 def test_another_setting_in_the_same_folder_is_refused(config: dict[str, Any]) -> None:
     run(config, only=["b"], seeds=[0])
     with pytest.raises(UserError, match=r"methods.map = .* choose another"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,10 @@ def set_data(suite: WeightSuite, name: str, seed: int, tokenizer: PreTrainedToke
     if entry.out_of_domain is not None:
         other = suite.sets[entry.out_of_domain]
         labels = test[0].metadata.get("labels", ())
+        if not labels:
+            raise UserError(
+                f"sets.{name}.out_of_domain: its own problems have no labels to ask strangers with"
+            )
         strangers = [_dressed(p, tuple(labels)) for p in _problems(suite, other, "eval_task")[: entry.test]]
     made = choice_examples([*chosen[:wanted], *test, *strangers], builder)
     parts, at = [], 0
@@ -103,6 +108,14 @@ class Cells:
     def path(self, name: str, seed: int, method: str) -> Path:
         return Path(self.suite.output_dir) / "cells" / name / str(seed) / f"{method}.json"
 
+    def done(self, name: str, seed: int, method: str) -> bool:
+        """Also its posterior is there, where another method starts from it."""
+        path = self.path(name, seed, method)
+        return path.is_file() and (not self._is_start(method) or path.with_suffix(".posterior").is_dir())
+
+    def _is_start(self, method: str) -> bool:
+        return any(m.start == method for m in self.suite.methods.values())
+
     def run(self, name: str, seed: int, method: str) -> None:
         """Fit, predict, write. Nothing is written before the end."""
         entry = self.suite.methods[method]
@@ -121,10 +134,10 @@ class Cells:
         finally:
             model.unload()
         path = self.path(name, seed, method)
-        if any(m.start == method for m in self.suite.methods.values()):
+        if self._is_start(method):
             folder = path.with_suffix(".posterior")
-            if not folder.exists():
-                posterior.save(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run killed before its cell
+            posterior.save(folder)
         cell = {
             "set": name, "seed": seed, "method": method, "names": data.names,
             "labels": [int(e.target) for e in data.test], "test": _columns(test),

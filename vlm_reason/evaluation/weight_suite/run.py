@@ -14,6 +14,7 @@ from ...atomic import write_atomically
 from ...config import to_dict
 from ...errors import UserError
 from ...models.load import load_model
+from ...weights.run import finite
 from ..result import header
 from .cells import Cells
 from .config import WeightSuite
@@ -30,7 +31,7 @@ def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any
     names = suite.only or tuple(suite.sets)
     todo = [(name, seed, method) for seed in suite.seeds for name in names for method in suite.methods]
     cells = Cells(suite, None, None)  # type: ignore[arg-type]  # the model is loaded when a cell needs it
-    todo = [cell for cell in todo if not cells.path(*cell).is_file()]
+    todo = [cell for cell in todo if not cells.done(*cell)]
     if todo:
         model, tokenizer = load_model(suite.model, suite.dtype)  # type: ignore[arg-type]  # it checks the name
         cells = Cells(suite, model, tokenizer)
@@ -51,7 +52,7 @@ def run_weight_suite(suite: WeightSuite, progress: bool = True) -> dict[str, Any
         "seconds": time.perf_counter() - started, "cells_run": len(todo), "rows": rows,
         "verdicts": verdicts(rows, suite.reference), "requirements": [], "file": str(folder / "result.json"),
     }  # fmt: skip
-    write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(folder / "result.json", json.dumps(finite(result), indent=1) + "\n")
     write_atomically(folder / "table.md", markdown(rows, suite.reference))
     plot(rows, suite.reference, folder / "plot.png")
     return result
