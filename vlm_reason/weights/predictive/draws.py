@@ -56,7 +56,8 @@ def way_of(posterior: Posterior, model: PeftModel, likelihood: Likelihood | None
     if isinstance(likelihood, Tokens) and any(in_head(model, key) for key in uncertain):
         reason = "an uncertain LM head under a token likelihood"
     elif other := sorted(set(uncertain) - plain):
-        if not any(".lora_magnitude_vector" in key for key in posterior.mean()) and mixes_saved_modules(model):
+        dora = any(".lora_magnitude_vector" in key for key in posterior.mean())
+        if not dora and mixes_saved_modules(model):
             _once(
                 f"predictive: {other[0]} is no plain LoRA factor of a decoder layer: "
                 "PEFT's mixed batches take the place of ours"
