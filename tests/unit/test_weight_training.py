@@ -449,6 +449,10 @@ def test_ivon_settings_follow_from_the_run(job: Job) -> None:
     assert group["lr"] * (group["hess_init"] + 1e-4) * group["clip_radius"] == pytest.approx(1e-2)
     sigma = (group["ess"] * (group["hess_init"] + 1e-4)) ** -0.5
     assert sigma == pytest.approx(0.02)
+    with pytest.raises(
+        UserError, match="mc_samples is 7, the run has 6 steps: nothing would ever be updated"
+    ):
+        IVONMethod(mc_samples=7).optimizer(job, parameters, 6)
 
 
 def test_ivon_gives_what_its_optimiser_holds_and_begins_where_it_is_told(job: Job) -> None:

@@ -79,7 +79,11 @@ class IVON:
         )  # fmt: skip
 
     def optimizer(self, job: Job, parameters: Sequence[nn.Parameter], steps: int) -> Optimizer:
-        updates = max(1, steps // self.mc_samples)
+        if self.mc_samples > steps:
+            raise UserError(
+                f"options.mc_samples is {self.mc_samples}, the run has {steps} steps: nothing would ever be updated"
+            )
+        updates = steps // self.mc_samples
         decay = self.weight_decay if self.prior == "zero" else 0.0
         auto = suggest_settings(updates, len(job.train), self.sigma, self.temperature, decay)
         scale = self.lr * (auto.hess_init + decay)
