@@ -212,7 +212,7 @@ def test_methods_with_states_of_their_own_resume_too(
     ("overrides", "message"),
     [
         (["method=mapp"], "unknown method 'mapp'; did you mean 'map'?"),
-        (["options.x=1"], "unknown config key 'options.x'"),
+        (["options.x=1"], "unknown config key 'options.x' of method 'map'; known: prior; options={} drops"),
         (["training.epoch=1"], "unknown config key 'training.epoch'; did you mean 'epochs'?"),
         (["predictive.mode=bached"], "predictive.mode: unknown 'bached'; did you mean 'batched'?"),
         (["adapter.rank=1"], "unknown config key 'adapter.rank'"),

@@ -215,6 +215,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
         ('{"question": "Q", "answer": null}', r"t\.jsonl:2: no answer"),
         ('{"question": "Q", "answer": ["1"]}', r"t\.jsonl:2: answer must be a text"),
         ('{"answer": "1"}', r"t\.jsonl:2: no question"),
+        ('{"text": "a film"}', r"t\.jsonl:2: no answer \(the row has no label\)"),
         ('{"question": "Q", "answer": }', r"t\.jsonl:2: not JSON \(Expecting value at column 29\)"),
         ('["Q", "1"]', r"t\.jsonl:2: a row must be a JSON object, got list"),
         ('{"text": "T", "label": null}', r"t\.jsonl:2: no answer \(the row has no label\)"),

@@ -31,8 +31,8 @@ _FIT_EXAMPLES = """\
 examples:
   vlm-reason bayes fit configs/recipes/bayes_sst2.yaml task.name=data/sst2 eval_task.name=data/sst2
   vlm-reason bayes fit recipe.yaml method=ivon options.sigma=0.02 output_dir=runs/ivon
-  vlm-reason bayes fit recipe.yaml method=ensemble options.members=3 predictive.n=3
-  vlm-reason bayes fit recipe.yaml method=temperature options.method=ivon options.split=0.2
+  vlm-reason bayes fit recipe.yaml method=ensemble options='{members: 3}' predictive.n=3
+  vlm-reason bayes fit recipe.yaml method=temperature options='{method: ivon, split: 0.2}'
 
 In several processes:
   accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 \\

@@ -76,7 +76,7 @@ def read_rows(rows: Iterable[tuple[str, Row]], stem: str, fmt: RowFormat) -> lis
 def _problem(row: Row, where: str, default_id: str, names: Sequence[str], marker: str | None) -> Problem:
     if "choices" in row:
         question, answer, extra = _multiple_choice(row, where)
-    elif "text" in row and "label" in row and "question" not in row:
+    elif "text" in row and "question" not in row and ("label" in row or "answer" not in row):
         question, answer, extra = _classification(row, where, names)
     else:
         question, answer, extra = _generation(row, where, marker)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..config import from_dict
@@ -98,4 +98,11 @@ def method_named(name: str, options: Mapping[str, Any]) -> Method:
 
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    known = [f.name for f in fields(METHODS[name])]  # type: ignore[arg-type]
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known)
+            if "did you mean" not in hint:
+                hint = f" of method {name!r}{hint}; options={{}} drops the settings of another method"
+            raise UserError(f"unknown config key 'options.{key}'{hint}")
     return from_dict(METHODS[name], options, "options")

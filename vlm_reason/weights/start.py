@@ -32,7 +32,10 @@ def load_start(folder: str | Path) -> Posterior:
 
 def base_model_of(folder: str | Path) -> str:
     """Name of the base model that adapter_config.json gives. UserError where it gives none."""
-    config: dict[str, Any] = read_json(Path(folder).expanduser() / ADAPTER_CONFIG)
+    folder = Path(folder).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{str(folder)!r} holds no adapter: {ADAPTER_CONFIG} is missing")
+    config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
     name = config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{ADAPTER_CONFIG} in {str(folder)!r} names no base model: give model=...")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -124,6 +125,12 @@ class TFB:
             typical=1.5 * bound * (abs(nll) if self.criterion == "nll" else 1.0), start=self.start,
             largest=self.largest, pilot=self.pilot, tolerance=self.tolerance,
         ).run()  # fmt: skip
+        if found.at_limit:
+            warnings.warn(
+                f"tfb: {len(examples)} anchors tolerate even the largest sigma, {self.largest:g}: they do not bound it "
+                "(too few, or an adapter that hardly does anything for them); take more anchors, or labels='predicted'",
+                stacklevel=3,
+            )
         details = {
             "sigma": found.sigma, "excess": found.excess, "criterion": self.criterion, "bound": bound,
             "at_limit": found.at_limit, "infeasible": found.infeasible if math.isfinite(found.infeasible) else None,
