@@ -102,7 +102,7 @@ def lora_updates(
 
 
 def _with_update(layer: Linear, adapter: str, update: Update) -> Callable[[Tensor], Tensor]:
-    base, bias = layer.base_layer, layer.lora_B[adapter].bias
+    base, bias = layer.base_layer, cast("Tensor | None", layer.lora_B[adapter].bias)
     scaling = float(layer.scaling[adapter])
 
     def forward(x: Tensor) -> Tensor:

@@ -173,8 +173,9 @@ def _penalised(
     """Mean negative log-likelihood + weight / 2 (theta - theta_0)^T P_0 (theta - theta_0)."""
     own = adapter_tensors(job.model, job.adapter)
     device = next(iter(own.values())).device
+    centre = prior.mean()
     parts = [
-        (own[k], prior.mean()[k].to(device), s.square().reciprocal().to(device))
+        (own[k], centre[k].to(device), s.square().reciprocal().to(device))
         for k, s in prior.sigma().items()
     ]
 
