@@ -175,8 +175,7 @@ def _penalised(
     device = next(iter(own.values())).device
     centre = prior.mean()
     parts = [
-        (own[k], centre[k].to(device), s.square().reciprocal().to(device))
-        for k, s in prior.sigma().items()
+        (own[k], centre[k].to(device), s.square().reciprocal().to(device)) for k, s in prior.sigma().items()
     ]
 
     def loss(model: PeftModel, batch: Batch, likelihood: Likelihood) -> Tensor:
