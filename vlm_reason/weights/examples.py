@@ -90,7 +90,7 @@ def _padded(
 
 def in_batches(examples: Sequence[Example], tokens: int = 4096, rows: int = 64) -> Iterator[Batch]:
     """All examples in batches of at most `rows` rows and, padding included, `tokens` tokens (one row at least), longest
-    first. Use `Batch.ids` to put results back in order, or `in_order`."""
+    first. Use `Batch.ids` to put results back in order."""
     queue = sorted(range(len(examples)), key=lambda n: (-len(examples[n].ids), n))
     while queue:
         longest = len(examples[queue[0]].ids)

@@ -13,7 +13,7 @@ class Rows:
     """Examples, or one batch that the caller has made, by their number in the order given."""
 
     def __init__(self, data: Batch | Sequence[Example]) -> None:
-        self.batch = data if isinstance(data, Batch) else make_batch(data)
+        self.batch = data.to("cpu") if isinstance(data, Batch) else make_batch(data)  # where outputs go
         longest = self.batch.last + 1
         if self.batch.rejected is not None:
             longest = longest.maximum(self.batch.rejected.last + 1)
