@@ -283,6 +283,18 @@ def test_another_base_model_or_rank_is_refused(saved: Any, tmp_path: Path) -> No
         Posterior.load(tmp_path / "nowhere")
 
 
+def test_a_base_model_that_has_an_adapter_in_it_is_refused_as_that(saved: Any) -> None:
+    folder, base, q = saved
+    used = copy.deepcopy(base)
+    attached = q.attach(used)
+    Posterior.load(folder, attached)
+    for refused in (lambda: Posterior.load(folder, used), lambda: q.attach(used)):
+        with pytest.raises(UserError, match="has an adapter's layers in it"):
+            refused()
+    with pytest.raises(UserError, match="takes the bare base model, got a PeftModel"):
+        q.attach(attached)
+
+
 def test_nothing_is_left_where_writing_fails(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import UserError, nearest
@@ -360,6 +361,13 @@ class Posterior(ABC):
         """UserError if `model` is not the base model the posterior was fitted on (weights and dtype)."""
         found = base_fingerprint(model)
         if self.origin.base is not None and found != self.origin.base:
+            if not isinstance(model, PeftModel) and any(
+                isinstance(m, BaseTunerLayer) for m in model.modules()
+            ):
+                raise UserError(
+                    "this base model has an adapter's layers in it, which PEFT puts in place: give the PeftModel that "
+                    "was made of it, or load the base model anew"
+                )
             raise UserError(
                 f"the posterior was fitted on a base model with hash {self.origin.base}, this one has {found}: "
                 "load that model, in that dtype"
@@ -368,6 +376,10 @@ class Posterior(ABC):
     def attach(self, model: nn.Module, adapter: str = "default") -> PeftModel:
         """`model`, the bare base model, with an adapter that holds the mean; `write` puts draws in its place. UserError
         for another base model, and for one whose modules are not the adapter's."""
+        if isinstance(model, PeftModel):
+            raise UserError(
+                "attach takes the bare base model, got a PeftModel: `write` puts the mean or a draw into its adapter"
+            )
         self.check_base(model)
         try:
             wrapped = cast(
