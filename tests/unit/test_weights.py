@@ -253,6 +253,7 @@ def edit_tensor(path: Path, change: Any) -> None:
         (lambda d: edit_json(d / "posterior_config.json", version=99), "version 99"),
         (lambda d: edit_json(d / "posterior_config.json", family="diagnal"), "did you mean 'diagonal'"),
         (lambda d: edit_json(d / "posterior_config.json", origin={"colour": 1}), "origin"),
+        (lambda d: edit_json(d / "posterior_config.json", origin={"prior": 3}), "no readable origin: origin.prior"),
         (lambda d: edit_json(d / "adapter_config.json", r=8), "rank 2, adapter_config.json says r = 8"),
         (lambda d: edit_tensor(d / "posterior.safetensors", lambda t: t * math.nan), "NaN"),
         (lambda d: edit_tensor(d / "adapter_model.safetensors", lambda t: t * math.nan), "NaN"),

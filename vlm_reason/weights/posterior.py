@@ -30,6 +30,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..config import from_dict
 from ..errors import UserError, nearest
 from ..models.load import fingerprint_parameters, fingerprint_weights
 from .artefact import (
@@ -335,8 +336,8 @@ class Posterior(ABC):
         mean, tensors = read_tensors(folder / ADAPTER), read_tensors(folder / TENSORS)
         check_rank(adapter_config, mean, folder)
         try:
-            origin = Origin(**config["origin"])
-        except (KeyError, TypeError) as error:
+            origin = from_dict(Origin, config["origin"], "origin")
+        except (KeyError, UserError) as error:
             raise UserError(f"{CONFIG} in {str(folder)!r} has no readable origin: {error}") from error
         posterior = FAMILIES[family].from_folder(folder, adapter_config, mean, tensors, origin)
         if model is not None:
