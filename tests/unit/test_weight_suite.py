@@ -144,6 +144,8 @@ def test_too_few_problems(config: dict[str, Any]) -> None:
     sets = {"b": {**config["sets"]["b"], "train": 30}}
     with pytest.raises(UserError, match="24 training problems"):
         run(config, sets=sets)
+    with pytest.raises(UserError, match="24 training problems and 12 others; wanted 16 and 13"):
+        run(config, sets={"b": {**config["sets"]["b"], "test": 13}}, output_dir=f"{config['output_dir']}2")
 
 
 def test_verdicts_read_the_interval_of_the_difference() -> None:

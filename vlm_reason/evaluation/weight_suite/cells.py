@@ -58,7 +58,7 @@ def set_data(suite: WeightSuite, name: str, seed: int, tokenizer: PreTrainedToke
     chosen = list(everything)
     random.Random(seed).shuffle(chosen)
     wanted = entry.train + entry.held_out
-    if len(chosen) < wanted or not test:
+    if len(chosen) < wanted or len(test) < entry.test:
         raise UserError(f"set {name!r}: {len(chosen)} training problems and {len(test)} others; wanted {wanted} and "
                         f"{entry.test}")  # fmt: skip
     builder = PromptBuilder(tokenizer, resolve_template(entry.template))
