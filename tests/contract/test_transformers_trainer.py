@@ -42,6 +42,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     Trainer.get_train_dataloader: "self",
     Trainer._clip_grad_norm: "self, model",
     Trainer.floating_point_ops: "self, inputs",
+    Trainer._move_model_to_device: "self, model, device",
     Trainer._wrap_model: "self, model, training=True, dataloader=None",
     Trainer._prepare_for_training: "self, max_steps, train_dataloader, resume_from_checkpoint",
     rotate_checkpoints: (
@@ -244,6 +245,28 @@ def test_the_bars_that_print_to_stdout_are_the_two_that_are_removed(tmp_path):
 
     assert names() == {"DefaultFlowCallback", PrinterCallback.__name__}
     assert names(disable_tqdm=False) == {"DefaultFlowCallback", ProgressCallback.__name__}
+
+
+def test_the_model_is_moved_in_one_place_only(tmp_path, monkeypatch):
+    """AdapterTrainer overrides it, as training runs where the model is."""
+    moved: list[str] = []
+    to = nn.Module.to
+    monkeypatch.setattr(
+        nn.Module, "to", lambda self, *args, **keys: moved.append("to") or to(self, *args, **keys)
+    )
+
+    class Still(Watched):
+        def _move_model_to_device(self, model, device):
+            moved.append("asked")
+
+        _prepare_for_training = (
+            AdapterTrainer._prepare_for_training
+        )  # the accelerator's wrapper moves it as well
+
+    trainer = Still(tmp_path, max_steps=1)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)
+    trainer.train()
+    assert moved == ["asked"], "the trainer moves the model elsewhere as well"
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from vlm_reason.weights.methods.rank_masks import RankMasks
 from vlm_reason.weights.methods.temperature import Temperature, best_temperature, scale, split_off
 from vlm_reason.weights.posterior import Origin, adapter_tensors, peft_config_dict
 from vlm_reason.weights.training import (
+    AdapterTrainer,
     micro_batches,
     negative_log_likelihood,
     planned_steps,
@@ -125,6 +126,29 @@ def test_training_is_the_loop_written_out(job: Job) -> None:
     ours, theirs = weights(job.model), weights(by_hand.model)
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-6)
+
+
+def test_training_runs_where_the_model_is(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers would choose another device: here meta, on which nothing has a value."""
+    parameters, before = list(adapter_tensors(job.model).values()), weights(job.model)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("meta")))
+    for p in parameters:
+        p.requires_grad_(True)
+    trainer = AdapterTrainer(
+        job, negative_log_likelihood, parameters, torch.optim.SGD(parameters), arguments, 6, [], False
+    )
+    assert {p.device.type for p in job.model.parameters()} == {"cpu"}
+    assert (
+        trainer.training_step(job.model, {"step": 0}).device.type == "meta"
+    )  # as the trainer's own total is
+    assert_same(before, weights(job.model))
+    ours = [p.grad for p in parameters]
+    batch = make_batch([job.train[i] for i in step_members(0, 20, 8, 0)])
+    theirs = torch.autograd.grad(negative_log_likelihood(job.model, batch, LABELS), parameters)
+    torch.testing.assert_close(ours, list(theirs), rtol=1e-4, atol=1e-6)
 
 
 def test_every_epoch_has_every_example_once_and_another_order() -> None:

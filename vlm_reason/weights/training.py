@@ -78,7 +78,8 @@ def train(
     dropout: bool = False,
     method: object = None,
 ) -> Trained:
-    """Minimise the mean of `loss` over job.train, in place; the model is in eval mode afterwards.
+    """Minimise the mean of `loss` over job.train, in place and where the model is (nothing moves it); the model is in
+    eval mode afterwards.
 
     parameters  what is trained (default: the adapter); also parameters that are not the model's. They become fp32
     callbacks   transformers' TrainerCallbacks. What one with `state_dict` and `load_state_dict` holds is checkpointed
@@ -254,6 +255,9 @@ class AdapterTrainer(Trainer):
         if job.show_progress and rank() == 0:
             self.add_callback(_Bar())
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Not at all: losses, priors and optimisers hold tensors that were made where the model is."""
+
     def get_train_dataloader(self) -> DataLoader:
         """Every process sees every step; they share its examples."""
         return DataLoader(self._steps, batch_size=1, collate_fn=_first)
@@ -279,19 +283,20 @@ class AdapterTrainer(Trainer):
             p.grad = None
         members = step_members(self.state.global_step, len(self.job.train), t.batch_size, self.job.seed)
         own = [self.job.train[i] for i in members[rank() :: world()]]
-        total = torch.zeros((), device=self.args.device)
+        device = next(self.job.model.parameters()).device
+        total = torch.zeros((), device=device)
         for batch in micro_batches(own, t.tokens_per_microbatch):
             share = len(batch) / len(members)
-            part = self.loss(self.job.model, batch.to(self.args.device), self.job.likelihood) * share
+            part = self.loss(self.job.model, batch.to(device), self.job.likelihood) * share
             part.backward()
-            total += part.detach().float()
+            total += part.detach().float().to(device)
         if world() > 1:
             total = _summed_over_processes(self.chosen, total)
         self._check_finite(total)
-        return total
+        return total.to(self.args.device)  # where transformers adds losses up
 
     def _check_finite(self, loss: Tensor) -> None:
-        sums = [p.grad.sum() for p in self.chosen if p.grad is not None]
+        sums = [p.grad.sum().to(loss.device) for p in self.chosen if p.grad is not None]
         good = (
             torch.isfinite(loss) & torch.isfinite(torch.stack(sums)).all() if sums else torch.isfinite(loss)
         )
