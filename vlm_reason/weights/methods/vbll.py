@@ -156,8 +156,8 @@ class VBLL:
 
     def _train_with_adapter(self, job: Job, task: Task, head: Head, feature_map: FeatureMap) -> int:
         count = len(job.train)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        head.to(device or "cpu"), feature_map.to(device or "cpu")
+        device = next(job.model.parameters()).device
+        head.to(device), feature_map.to(device)
         clock, learns_prior = _Clock(), self.head_settings(job.likelihood).learns_prior(task)
         own = [p for n, p in head.named_parameters() if n != "log_noise" or self.learn_noise]
         adapter = cast("list[nn.Parameter]", list(adapter_tensors(job.model, job.adapter).values()))
