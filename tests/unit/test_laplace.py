@@ -16,7 +16,7 @@ from torch.distributions import MultivariateNormal
 from transformers import LlamaForCausalLM
 
 from vlm_reason.errors import UserError
-from vlm_reason.weights import DiagonalGaussian, Example, Job, Posterior, Training
+from vlm_reason.weights import METHODS, DiagonalGaussian, Example, Job, Posterior, Training
 from vlm_reason.weights.curvature import DiagonalCurvature, FullCurvature, KroneckerCurvature, collect
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.full import FullGaussian
@@ -360,6 +360,17 @@ def test_start_gives_the_mean(job: Job) -> None:
     )
     posterior, _ = Laplace(rank=2).fit(dataclasses.replace(job, start=start))
     assert all(torch.equal(v, posterior.mean()[k]) for k, v in tree.items())
+
+
+@pytest.mark.parametrize("name", ["laplace", "core", "vbll"])
+def test_a_start_with_a_temperature_is_refused(job: Job, name: str) -> None:
+    """What these methods give has outputs of its own, and no temperature: it would be lost."""
+    start = Laplace(rank=1).fit(job)[0]
+    start.origin = dataclasses.replace(start.origin, output_temperature=2.5)
+    before = {k: v.detach().clone() for k, v in adapter_tensors(job.model).items()}
+    with pytest.raises(UserError, match=f"{name}: the start divides its outputs by 2.5.*method temperature"):
+        METHODS[name]().fit(dataclasses.replace(job, start=start))
+    assert all(torch.equal(v, before[k]) for k, v in adapter_tensors(job.model).items())
 
 
 def test_feeds_the_batched_predictive(job: Job) -> None:

@@ -39,6 +39,17 @@ def start_from(job: Job) -> None:
         job.start.write(job.model, job.start.mean(), job.adapter)
 
 
+def check_not_scaled(job: Job, name: str) -> None:
+    """UserError for a start whose outputs are divided by a temperature: method `name` approximates the posterior of
+    the outputs as they are, and what it finds needs a temperature of its own."""
+    scaled = 1.0 if job.start is None else job.start.origin.output_temperature
+    if scaled != 1.0:
+        raise UserError(
+            f"{name}: the start divides its outputs by {scaled:g}, which would be lost: start from the posterior as it "
+            "was before, and scale afterwards, with method temperature"
+        )
+
+
 def prior_loss(job: Job, prior: str = "start", loss: Loss = negative_log_likelihood) -> Loss:
     """`loss` under a method's setting `prior`: "start" is with job.start as the prior, anything else `loss` itself.
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...errors import UserError
+from ..continual import check_not_scaled
 from ..curvature import Accumulator, collect
 from ..curvature.evidence import groups
 from ..curvature.linearised import linearised_nll
@@ -67,6 +68,7 @@ def fit_post_hoc(
     job: Job, method: str, settings: Settings, curvature: Held, shaped: Callable[[Held, Centre, float], Shape]
 ) -> tuple[Posterior, FitReport]:
     """The whole of a method, given an empty accumulator and the shape its sums are read as."""
+    check_not_scaled(job, method)
     started = time.perf_counter()
     prior = _prior_posterior(job, settings)
     steps = _trained(job, settings, prior)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...errors import UserError
-from ..continual import start_from
+from ..continual import check_not_scaled, start_from
 from ..examples import Batch, make_batch
 from ..families.last_layer import LastLayer, kind_of
 from ..heads import (
@@ -95,6 +95,7 @@ class VBLL:
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
         """UserError for a likelihood without one target an example, and for what a last layer cannot be fitted on."""
         kind_of(job.likelihood)
+        check_not_scaled(job, "vbll")
         start_from(job)
         began = time.perf_counter()
         backbone = Backbone(job.model, job.likelihood)
