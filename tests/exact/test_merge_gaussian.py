@@ -96,6 +96,24 @@ def test_weights_of_tasks_and_another_prior() -> None:
     close(merge([pa, other], delta0=PRIOR)[0], exact([a, b]))
 
 
+def test_tempering_before_is_tempering_afterwards() -> None:
+    """q^tau of each, P = tau (h + delta), is exp(-tau (data + prior)): together tau (delta + h_a + h_b), at the joint
+    mean. Other taus weigh the data: delta + tau_a h_a + tau_b h_b about (tau_a b_a + tau_b b_b) / that."""
+    a, b, old = Task(0), Task(1), Task(3)
+    pa, pb, base = posterior_of(a), posterior_of(b), posterior_of(old)
+    mean, precision = exact([a, b])
+    merged, report = merge([pa.temper(2), pb.temper(2)])
+    close(merged, (mean, 2 * precision))
+    assert merged.origin == merge([pa, pb])[0].temper(2).origin and report.prior == (PRIOR, PRIOR)
+    seven = 2 * (7.0 + a.h + b.h)
+    close(merge([pa.temper(2), pb.temper(2)], delta0=7.0)[0], (2 * (a.b + b.b) / seven, seven))
+    twice = PRIOR + 2 * a.h + b.h
+    close(merge([pa.temper(2), pb])[0], ((2 * a.b + b.b) / twice, twice))
+    tasks = [gaussian(*exact([old, t]), prior=0.0).temper(2) for t in (a, b)]
+    mean, precision = exact([old, a, b])
+    close(merge(tasks, base=base)[0], (mean, 2 * precision))
+
+
 # ----------------------------------------------------------------------------------------- yesterday's posterior today
 
 

@@ -7,6 +7,9 @@ alpha = 1 this is the mean, and H the precision, of the posterior given all task
 with diagonal curvature and one prior. (Daheim et al. 2024, "Model merging by uncertainty-based gradient matching",
 arXiv 2310.12808.)
 
+Of a posterior tempered by tau, P and H_t are tau times what they were. Where all were tempered by one tau, H0 and
+delta0 are multiplied by it too: tempering before is tempering afterwards. Different tau weigh the tasks' data.
+
 LoRA factors are only known up to a gauge, B A = (B R)(R^-1 A): averages of factors from different initial A are
 averages of unlike things. `space="parameters"` is refused unless the tasks share one gauge; `space="delta"` merges
 the updates s B A themselves.
@@ -58,8 +61,8 @@ def merge(
 ) -> tuple[DiagonalGaussian, MergeReport]:
     """The merged posterior (diagonal) and what was done.
 
-    base    the posterior that was the tasks' prior: theta0 its mean, H0 its precision. None: each task's own N(0, 1 /
-            delta_t) as its origin has it, and theta0 = 0
+    base    the posterior that was the tasks' prior, as it was then: theta0 its mean, H0 its precision. None: each
+            task's own N(0, 1 / delta_t) as its origin has it, and theta0 = 0
     alphas  weight of each task, 1 by default
     delta0  prior precision of the result on top of H0; None: the mean of the tasks' own, tensor by tensor (0 with a
             base), at least 1e-12. Own priors that differ, as those of `ivon` do with N, are taken out first
@@ -126,12 +129,12 @@ def _weight_by_weight(
     for key in keys:
         start = at0[key].double() if base is not None else torch.zeros_like(means[0][key]).double()
         h0 = known0[key].double() if base is not None else torch.zeros_like(start)
-        total = h0 + _merged_prior(posteriors, base, delta0, key)
+        total = _joint_temper(posteriors) * (h0 + _merged_prior(posteriors, base, delta0, key))
         pull = torch.zeros_like(start)
         for p, m, precision, alpha in zip(posteriors, means, precisions, weights, strict=True):
             own = precision[key].double()
             before = h0 if base is not None else p.origin.prior.get(key, 0.0)
-            total = total + alpha * (own - before).clamp_min(0)
+            total = total + alpha * (own - p.origin.temper * before).clamp_min(0)
             pull = pull + alpha * own * (m[key].double() - start)
         value, spread = start + pull / total, total.rsqrt()
         ours = [(m[key], q[key]) for m, q in zip(means, precisions, strict=True)]
@@ -166,7 +169,7 @@ def _with_certain(
 def _merged_prior(
     posteriors: Sequence[Posterior], base: Posterior | None, delta0: float | None, key: str
 ) -> float:
-    """delta0 of one tensor."""
+    """delta0 of one tensor, not tempered."""
     if delta0 is not None:
         return delta0
     if base is not None:
@@ -367,6 +370,12 @@ def _alike(a: Tree, b: Tree, number: int) -> None:
             )
 
 
+def _joint_temper(posteriors: Sequence[Posterior]) -> float:
+    """That of all; 1 where they differ, as it is then a weight of each task's data."""
+    tempers = {p.origin.temper for p in posteriors}
+    return tempers.pop() if len(tempers) == 1 else 1.0
+
+
 def _joint_origin(
     posteriors: Sequence[Posterior], base: Posterior | None, delta0: float | None, sigma: Tree
 ) -> Origin:
@@ -374,13 +383,12 @@ def _joint_origin(
     members = [p.origin for p in posteriors]
     ess = [o.ess for o in members if o.ess is not None]
     sizes = [o.data_size for o in members if o.data_size is not None]
-    tempers = {o.temper for o in members}
     prior = {} if base is not None else {k: _merged_prior(posteriors, base, delta0, k) for k in sigma}
     return Origin(
         base=members[0].base,
         ess=sum(ess) if len(ess) == len(members) else None,
         data_size=sum(sizes) if len(sizes) == len(members) else None,
-        temper=tempers.pop() if len(tempers) == 1 else 1.0,
+        temper=_joint_temper(posteriors),
         prior={key: value for key, value in prior.items() if value > FLAT},
         output_temperature=members[0].output_temperature,
     )
