@@ -285,6 +285,18 @@ def test_what_a_chain_keeps_is_the_chain(tiny_llama: Any) -> None:
     assert same_trees([guide], [start]) and not same_trees([theta], [start])
 
 
+@pytest.mark.parametrize(("temperature", "precision"), [(0.25, 12.0), (1.0, 3.0), (0.0, None)])
+@pytest.mark.parametrize("name", ["langevin", "entropy_mcmc"])
+def test_the_prior_of_a_cold_chain_is_as_cold(
+    name: str, temperature: float, precision: float | None, tiny_llama: Any
+) -> None:
+    """exp(-(N l + p |theta|^2 / 2) / T) has the prior N(0, T / p), as IVON's of lambda = N / T has."""
+    method = METHODS[name](temperature=temperature, prior_precision=3.0, cycles=1, learning_rate=1e-3)
+    posterior, _ = method.fit(tiny_job(tiny_llama, epochs=2))
+    expected = {} if precision is None else dict.fromkeys(posterior.mean(), precision)
+    assert posterior.origin.prior == expected
+
+
 def test_methods_refuse_wrong_settings(tiny_llama: Any) -> None:
     for name, settings, said in (
         ("langevin", {"kind": "sghcm"}, "kind must be one of sgld, sghmc, cyclical, got 'sghcm'"),

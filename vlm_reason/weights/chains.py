@@ -100,12 +100,14 @@ def fit_chain(
     at: list[int],
     read: Callable[[], list[Tree]],
     prior_precision: float,
+    temperature: float,
     mean: int | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> tuple[Particles, FitReport]:
     """Run a chain from the job's adapter (or the mean of job.start) and keep what `read` gives after the steps `at`, as
     equal particles. method: its settings. Gradients are not clipped: that would be the chain of another density. mean:
-    as for `Particles`."""
+    as for `Particles`. The law is exp(-U / T), so the prior in it has precision prior_precision / T; at T = 0 there is
+    no law."""
     if not at:
         raise UserError(
             f"{name}: the run is too short to keep a state: train for more epochs, or lower burn_in"
@@ -117,10 +119,8 @@ def fit_chain(
         make_optimizer=make_optimizer, callbacks=[SetEveryStep(settings), states], name=name,
     )  # fmt: skip
     keys = adapter_tensors(job.model, job.adapter)
-    origin = Origin(
-        base_fingerprint(job.model), data_size=len(job.train), updates=trained.steps,
-        prior={key: prior_precision for key in keys},
-    )  # fmt: skip
+    prior = {} if temperature == 0 else {key: prior_precision / temperature for key in keys}
+    origin = Origin(base_fingerprint(job.model), data_size=len(job.train), updates=trained.steps, prior=prior)
     posterior = Particles(peft_config_dict(job.model, job.adapter), states.states, origin, mean=mean)
     report = FitReport(
         name, posterior.family, len(job.train), trained.steps, trained.seconds, trained.final_loss,

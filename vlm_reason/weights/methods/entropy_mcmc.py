@@ -76,4 +76,6 @@ class EntropyMCMC:
             return [adapter_state(job), guide]
 
         at = in_cycles(schedule, self.particles)
-        return fit_chain(job, "entropy_mcmc", self, make, schedule.at, at, read, self.prior_precision)
+        return fit_chain(
+            job, "entropy_mcmc", self, make, schedule.at, at, read, self.prior_precision, self.temperature
+        )

@@ -76,7 +76,8 @@ class Langevin:
 
         return fit_chain(
             job, "langevin", self, lambda parameters, _: self._optimizer(job, parameters), settings, at,
-            lambda: [adapter_state(job)], self.prior_precision, mean=len(at) - 1 if cyclical else None,
+            lambda: [adapter_state(job)], self.prior_precision, self.temperature,
+            mean=len(at) - 1 if cyclical else None,
             details={"kind": self.kind},
         )  # fmt: skip
 
