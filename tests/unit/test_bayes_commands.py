@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -348,6 +348,79 @@ def test_a_plain_adapter_is_a_point_and_map_goes_on_from_it(folder: Path, strang
     assert load_start(folder / "run" / "posterior").origin.data_size == 12  # a posterior is taken as one
 
 
+# ------------------------------------------------------------------------------------------------ predict and export
+
+
+@pytest.mark.parametrize("method", ["ivon", "ensemble", "vbll"])
+def test_predict_says_what_the_fit_said(folder: Path, capfd: pytest.CaptureFixture[str], method: str) -> None:
+    own = ("options.members=2",) if method == "ensemble" else ()
+    fitted = ask(capfd, "bayes", "fit", folder / "run.yaml", f"method={method}", *own)
+    run, out = folder / "run", folder / "out"
+    before = files_of(run)
+    asked = ["bayes", "predict", run, "--data", folder / "run.yaml"]
+    result = ask(capfd, *asked, "-o", out)
+    assert sorted(p.name for p in out.iterdir()) == ["predictions.jsonl", "summary.json"]
+    assert (out / "predictions.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+    assert result["metrics"] == fitted["metrics"] and result["family"] == fitted["family"]
+    assert result["problems"] == 8 and json.loads((out / "summary.json").read_text()) == result
+    alone = ask(capfd, "bayes", "predict", run / "posterior", "--data", folder / "run.yaml")
+    assert alone["metrics"] == result["metrics"] and alone["output"] is None
+    assert files_of(run) == before
+    if method == "ivon":  # one draw, or the mean, is another prediction of the same problems
+        mean = ask(capfd, *asked, "predictive.mode=mean")["metrics"]
+        assert mean["mutual_information"]["value"] == 0 and mean["nll"] != result["metrics"]["nll"]
+        assert ask(capfd, *asked, "eval_task.limit=4")["problems"] == 3  # r0 is trained on
+        assert main([*map(str, asked), "--quiet"]) == 0
+        assert "accuracy" in capfd.readouterr().out
+
+
+def test_what_cannot_be_predicted_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_bayes(config_of(folder, "method=ivon", "eval_task=null"), False)
+
+    def said(*more: Any, of: Path = folder / "run") -> str:
+        return refused(
+            capfd, "bayes", "predict", of, "--data", folder / "run.yaml", "-o", folder / "out", *more
+        )
+
+    assert said("eval_task=null") == "the config has no section 'eval_task': it names the problems to predict"
+    message = said("dtype=bfloat16")
+    assert "the posterior was fitted on a base model with hash" in message and "load that model" in message
+    assert "predictive.mode: unknown 'bached'; did you mean 'batched'?" in said("predictive.mode=bached")
+    assert "holds no posterior: posterior_config.json is missing" in said(of=folder / "model")
+    assert not (folder / "out").exists()
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("x")
+    assert "exists and is not an empty folder" in said()
+    assert files_of(folder / "out") == {"mine": b"x"}
+
+
+def test_export_writes_draws_that_stock_peft_loads(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_bayes(config_of(folder, "method=ivon", "eval_task=null"), False)
+    posterior = Posterior.load(folder / "run" / "posterior")
+    asked = ["bayes", "export", folder / "run", "-n", 3, "--seed", 5]
+    result = ask(capfd, *asked, "-o", folder / "draws")
+    folders = [Path(f) for f in result["adapters"]]
+    assert folders == [folder / "draws" / f"draw00{k}" for k in range(3)]
+    assert sorted((folder / "draws").iterdir()) == folders
+    for one, tree in zip(folders, posterior.sample(3, 5), strict=True):
+        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), str(one))
+        found = get_peft_model_state_dict(stock)
+        assert found.keys() == tree.keys() and all(torch.equal(found[k], v) for k, v in tree.items())
+    pairs = ask(capfd, *asked[:-4], "-n", 2, "--antithetic", "-o", folder / "pairs")["adapters"]
+    first, second = (load_file(Path(f) / "adapter_model.safetensors") for f in pairs)
+    for key, value in posterior.mean().items():
+        torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-5, atol=1e-6)
+    assert main([*map(str, asked), "-o", str(folder / "shown")]) == 0
+    assert capfd.readouterr().out.split() == [str(folder / "shown" / f"draw00{k}") for k in range(3)]
+
+    assert "exists and is not an empty folder" in refused(capfd, *asked, "-o", folder / "draws")
+    few = refused(capfd, "bayes", "export", folder / "run", "-n", 0, "-o", folder / "none")
+    assert few == "the number of draws must be at least 1, got 0"
+    message = refused(capfd, "bayes", "export", folder / "model", "-o", folder / "none")
+    assert "holds no posterior: posterior_config.json is missing" in message
+    assert not (folder / "none").exists()
+
+
 # ------------------------------------------------------------------------------------------------- merge and inspect
 
 
@@ -440,7 +513,7 @@ def test_merge(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 # --------------------------------------------------------------------------------------------------- help and recipes
 
 
-@pytest.mark.parametrize("command", ["", "fit", "tfb", "laplace", "merge", "inspect"])
+@pytest.mark.parametrize("command", ["", "fit", "tfb", "laplace", "predict", "export", "merge", "inspect"])
 def test_help_has_examples_and_imports_nothing_heavy(command: str) -> None:
     arguments = ["bayes", *([command] if command else []), "--help"]
     code = (

@@ -1,11 +1,10 @@
-"""vlm-reason bayes fit|tfb|laplace|merge|inspect: posteriors over the weights of an adapter."""
+"""vlm-reason bayes fit|tfb|laplace|predict|export|merge|inspect: posteriors over the weights of an adapter."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import apply_overrides, from_dict, load_config
@@ -14,6 +13,8 @@ from .command import Command, Result
 from .output import console, estimate, number, table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..weights.config import BayesConfig
 
 _REPEAT = "the same command goes on from the last checkpoint"
@@ -55,7 +56,7 @@ def fit(config: BayesConfig, show_progress: bool) -> Result:
 
 
 def show_fit(result: Result) -> None:
-    rows = [(name, estimate(value)) for name, value in (result.get("metrics") or {}).items()]
+    rows = _metrics(result)
     report = result.get("report") or {}
     keys = ("family", "examples", "steps", "train_nll", "held_out_nll")
     rows += [(key, _cell(report.get(key))) for key in keys]
@@ -64,6 +65,10 @@ def show_fit(result: Result) -> None:
     ]
     title = f"{result.get('method', '')}: {result['output_dir']}"
     console().print(table(title, ("", "value"), rows))
+
+
+def _metrics(result: Result) -> list[tuple[str, str]]:
+    return [(name, estimate(value)) for name, value in (result.get("metrics") or {}).items()]
 
 
 # ------------------------------------------------------------------------------------------- posteriors of an adapter
@@ -102,26 +107,113 @@ class _PostHoc:
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from ..weights.config import BayesConfig
-        from ..weights.start import base_model_of
+        own = {"method": self.method, "start": options.adapter, "output_dir": options.output}
+        return fit(_config(options, options.adapter, own), not options.quiet)
 
-        data = load_config(options.data)
-        for key in ("kind", "method", "options", "adapter"):
-            data.pop(key, None)
-        data |= {"method": self.method, "start": options.adapter, "output_dir": options.output}
-        data = apply_overrides(data, options.overrides)
-        if "model" not in data:
-            data["model"] = base_model_of(options.adapter)
-        return fit(from_dict(BayesConfig, data), not options.quiet)
+
+def _config(options: argparse.Namespace, adapter: str | Path, own: Mapping[str, Any]) -> BayesConfig:
+    """DATA without how it would fit, `own`, then key=value. The base model is DATA's, else the one of `adapter`."""
+    from ..weights.config import BayesConfig
+    from ..weights.start import base_model_of
+
+    data = load_config(options.data)
+    for key in ("kind", "method", "options", "adapter"):
+        data.pop(key, None)
+    data = apply_overrides({**data, **own}, options.overrides)
+    if "model" not in data:
+        data["model"] = base_model_of(adapter)
+    return from_dict(BayesConfig, data)
 
 
 def _post_hoc_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter, or of a posterior")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="change a key of DATA, or options.*"
-    )
-    parser.add_argument("--data", metavar="CONFIG", required=True, help="config that names the problems")
+    _data_arguments(parser, "change a key of DATA, or options.*")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where everything is written")
+
+
+def _data_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=what)
+    parser.add_argument("--data", metavar="CONFIG", required=True, help="config that names the problems")
+
+
+# ----------------------------------------------------------------------------------------------- predict and export
+
+_POSTERIOR = "folder of a posterior, or of a run that has one"
+
+_PREDICT = """\
+Predict the problems of DATA's eval_task with a posterior that was saved, as `vlm-reason bayes fit` does.
+DATA is a config of kind bayes: its model, task (its problems are left out), eval_task, template,
+likelihood, predictive and seed are used, its method, options and adapter are not. Another base model than
+the posterior was fitted on is refused. The folder behind -o gets predictions.jsonl and summary.json;
+without it the summary is printed and nothing is written."""
+
+_PREDICT_EXAMPLES = """\
+examples:
+  vlm-reason bayes predict runs/ivon --data recipe.yaml
+  vlm-reason bayes predict runs/ivon --data recipe.yaml eval_task.name=data/other -o runs/ivon_other
+  vlm-reason bayes predict runs/ivon/posterior --data recipe.yaml predictive.n=32 predictive.mode=mean"""
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("posterior", metavar="DIR", help=_POSTERIOR)
+    _data_arguments(parser, "change a key of DATA")
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", help="new folder of the predictions (default: none)"
+    )
+
+
+def _predict(options: argparse.Namespace) -> Result:
+    from ..weights.artefact import posterior_in
+    from ..weights.run import predict_with
+    from .bayes_metrics import measure
+
+    config = _config(options, posterior_in(options.posterior), {})
+    return predict_with(options.posterior, config, options.output, measure)
+
+
+def _show_predict(result: Result) -> None:
+    rows = [*_metrics(result), *((key, _cell(result[key])) for key in ("family", "problems", "seconds"))]
+    console().print(table(f"predicted with {result['posterior']}", ("", "value"), rows))
+    if result["output"]:
+        console().print(f"written to {result['output']}", highlight=False, markup=False)
+
+
+_EXPORT = """\
+Draws of a posterior as plain PEFT adapters: members of suites, LoRAs for vLLM. FOLDER gets draw000,
+draw001, ...; the same seed gives the same draws, and more of them begin with the same ones."""
+
+_EXPORT_EXAMPLES = """\
+examples:
+  vlm-reason bayes export runs/ivon -n 8 --seed 0 -o runs/ivon_draws
+  vlm-reason bayes export runs/ivon/posterior -n 8 --antithetic -o runs/pairs"""
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("posterior", metavar="DIR", help=_POSTERIOR)
+    parser.add_argument("-n", type=int, default=8, metavar="N", help="how many draws (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    parser.add_argument("--antithetic", action="store_true", help="draws in opposite pairs about the mean")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="new folder of the adapters")
+
+
+def _export(options: argparse.Namespace) -> Result:
+    from ..weights.artefact import posterior_in
+    from ..weights.posterior import Posterior
+
+    posterior = Posterior.load(posterior_in(options.posterior))
+    folders = posterior.export_samples(options.n, options.output, options.seed, options.antithetic)
+    return {
+        "posterior": options.posterior,
+        "family": posterior.family,
+        "seed": options.seed,
+        "antithetic": options.antithetic,
+        "adapters": [str(folder) for folder in folders],
+    }
+
+
+def _show_export(result: Result) -> None:
+    for folder in result["adapters"]:
+        console().print(folder, highlight=False, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- merge
@@ -201,14 +293,14 @@ examples:
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("posterior", metavar="FOLDER", help="folder of a posterior")
+    parser.add_argument("posterior", metavar="FOLDER", help=_POSTERIOR)
 
 
 def _inspect(options: argparse.Namespace) -> Result:
+    from ..weights.artefact import posterior_in
     from ..weights.inspection import inspect
 
-    folder = Path(options.posterior)
-    return inspect(folder / "posterior" if (folder / "posterior").is_dir() else folder)
+    return inspect(posterior_in(options.posterior))
 
 
 def _show_inspect(result: Result) -> None:
@@ -261,12 +353,14 @@ A posterior around a trained LoRA adapter from the curvature of its loss on the 
 
 COMMAND = Command(
     name="bayes",
-    help="posteriors over the weights of an adapter: fit, tfb, laplace, merge, inspect",
+    help="posteriors over the weights of an adapter: fit, tfb, laplace, predict, export, merge, inspect",
     description="Posteriors over the weights of an adapter.",
     epilog="""\
 examples:
   vlm-reason bayes fit configs/recipes/bayes_sst2.yaml    fit as the file says; repeat it to resume
   vlm-reason bayes tfb ADAPTER --data recipe.yaml -o OUT  around anybody's LoRA adapter, without training
+  vlm-reason bayes predict OUT --data recipe.yaml         what it says of other problems
+  vlm-reason bayes export OUT -n 8 -o DRAWS               draws of it: LoRAs for vLLM, members of suites
   vlm-reason bayes inspect OUT/posterior                  what it is
 
 vlm-reason bayes COMMAND --help says more of each.""",
@@ -279,6 +373,15 @@ vlm-reason bayes COMMAND --help says more of each.""",
         ),
         _TFB.command(),
         _LAPLACE.command(),
+        _command(
+            "predict", "predictions of a saved posterior, and what they are worth", _PREDICT, _PREDICT_EXAMPLES,
+            _predict_arguments, _predict, _show_predict, after_interrupt="nothing was written", takes_config=False,
+            settings="overrides",
+        ),
+        _command(
+            "export", "draws of a saved posterior as plain PEFT adapters", _EXPORT, _EXPORT_EXAMPLES,
+            _export_arguments, _export, _show_export, after_interrupt="nothing was written", takes_config=False,
+        ),
         _command(
             "merge", "one posterior from those of several tasks", _MERGE, _MERGE_EXAMPLES, _merge_arguments, _merge,
             _show_merge, after_interrupt="nothing was written", takes_config=False, settings="items",

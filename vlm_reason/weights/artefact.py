@@ -28,6 +28,7 @@ from ..errors import UserError
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, TENSORS = "posterior_config.json", "posterior.safetensors"
+POSTERIOR = "posterior"
 VERSION = 1
 
 Tree = dict[str, Tensor]
@@ -50,9 +51,7 @@ def tensor_bytes(tree: Mapping[str, Tensor]) -> bytes:
 def write_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> Path:
     """(relative path, content), under a temporary name that becomes `folder` in the end. UserError where `folder` holds
     anything already."""
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not an empty folder: remove it, or name another")
+    folder = new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -63,6 +62,20 @@ def write_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> Path
         os.replace(inner, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def posterior_in(folder: str | Path) -> Path:
+    """`folder`, or its posterior/ where it is that of a run."""
+    folder = Path(folder).expanduser()
+    return folder / POSTERIOR if (folder / POSTERIOR).is_dir() else folder
+
+
+def new_folder(folder: str | Path) -> Path:
+    """Its path. UserError where it holds anything, or is a file."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not an empty folder: remove it, or name another")
     return folder
 
 

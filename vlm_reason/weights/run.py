@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ..atomic import write_atomically
 from ..config import save_resolved, to_dict
@@ -30,6 +32,7 @@ from ..models.adapters import add_adapters
 from ..models.load import load_model
 from ..tasks.prompts import PromptBuilder
 from ..tasks.resolve import resolve_template
+from .artefact import POSTERIOR, new_folder, posterior_in, write_folder
 from .config import BayesConfig
 from .data import Data, load_data
 from .job import FitReport, Job
@@ -38,7 +41,7 @@ from .start import load_start
 from .training import join_processes
 
 SUMMARY, CONFIG, FIT = "summary.json", "config.yaml", "fit.json"
-POSTERIOR, PREDICTIONS, CHECKPOINTS = "posterior", "predictions.jsonl", "checkpoints"
+PREDICTIONS, CHECKPOINTS = "predictions.jsonl", "checkpoints"
 
 Rows = list[dict[str, Any]]
 Measure = Callable[[Rows], dict[str, Any]]
@@ -67,7 +70,9 @@ def run_bayes(
     posterior, report = _fitted(config, job, output)
     if not main:
         return {"output_dir": str(output), "rank": rank()}
-    rows = _predicted(config, job, data, posterior, output) if data.test else []
+    rows = _predicted(config, job.model, data, posterior) if data.test else []
+    if rows:
+        write_atomically(output / PREDICTIONS, _lines(rows))
     summary = {
         "output_dir": str(output),
         "method": config.method,
@@ -88,12 +93,8 @@ def make_job(config: BayesConfig, show_progress: bool = True) -> tuple[Job, Data
         raise UserError("the adapter of `start` is what is fitted: drop the section 'adapter'")
     config.method_settings(), config.prediction_settings()
     training, adapter = config.training_settings(), config.adapter_settings()
-    template = resolve_template(config.template)
     start = None if config.start is None else load_start(config.start)
-    device = join_processes()
-    model, tokenizer = load_model(config.model, cast(Any, config.dtype), device)
-    builder = PromptBuilder(tokenizer, template, config.shots)
-    data = load_data(config, builder, note if rank() == 0 else lambda text: None)
+    model, data = _loaded(config)
     wrapped = add_adapters(model, adapter, ["default"]) if start is None else start.attach(model)
     output = Path(config.output_dir)
     job = Job(
@@ -101,6 +102,14 @@ def make_job(config: BayesConfig, show_progress: bool = True) -> tuple[Job, Data
         output_dir=output / CHECKPOINTS, show_progress=show_progress,
     )  # fmt: skip
     return job, data
+
+
+def _loaded(config: BayesConfig) -> tuple[PreTrainedModel, Data]:
+    """The base model and the problems."""
+    template = resolve_template(config.template)
+    model, tokenizer = load_model(config.model, cast(Any, config.dtype), join_processes())
+    builder = PromptBuilder(tokenizer, template, config.shots)
+    return model, load_data(config, builder, note if rank() == 0 else lambda text: None)
 
 
 def _fitted(config: BayesConfig, job: Job, output: Path) -> tuple[Posterior, dict[str, Any]]:
@@ -125,11 +134,45 @@ def _plain(report: FitReport) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ predictions
 
 
-def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, output: Path) -> Rows:
+def predict_with(
+    folder: str | Path, config: BayesConfig, output: str | Path | None = None, measure: Measure | None = None
+) -> dict[str, Any]:
+    """What the posterior in `folder`, or in the posterior/ of a run's folder, predicts for eval_task of `config`: the
+    rows that `run_bayes` writes, measured. Of `config` count model, dtype, task (its problems are left out), held_out
+    (it has a say in the classes), eval_task, template, shots, likelihood, predictive and seed. output: new folder that
+    gets predictions.jsonl and summary.json; None writes nothing.
+
+    UserError for a config without eval_task, an output that holds anything, and another base model than the
+    posterior's.
+    """
+    if not config.eval_task:
+        raise UserError("the config has no section 'eval_task': it names the problems to predict")
+    config.prediction_settings()
+    if output is not None:
+        new_folder(output)
+    started = time.perf_counter()
+    posterior = Posterior.load(posterior_in(folder))
+    base, data = _loaded(config)
+    rows = _predicted(config, posterior.attach(base), data, posterior)
+    summary = finite({
+        "posterior": str(folder),
+        "output": None if output is None else str(output),
+        "family": posterior.family,
+        "problems": len(rows),
+        "metrics": measure(rows) if measure is not None else {},
+        "seconds": time.perf_counter() - started,
+    })  # fmt: skip
+    if output is not None:
+        files = ((PREDICTIONS, _lines(rows)), (SUMMARY, json.dumps(summary, indent=2) + "\n"))
+        write_folder(output, [(name, text.encode()) for name, text in files])
+    return cast("dict[str, Any]", summary)
+
+
+def _predicted(config: BayesConfig, model: PeftModel, data: Data, posterior: Posterior) -> Rows:
     p = config.prediction_settings()
     result = posterior.predictive(
-        job.model, data.test, job.likelihood, p.n, p.mode, seed=config.seed, antithetic=p.antithetic, link=p.link,
-        tokens=p.tokens, adapter=job.adapter,
+        model, data.test, data.likelihood, p.n, p.mode, seed=config.seed, antithetic=p.antithetic, link=p.link,
+        tokens=p.tokens,
     )  # fmt: skip
     rows: Rows = []
     if data.labels:
@@ -147,8 +190,11 @@ def _predicted(config: BayesConfig, job: Job, data: Data, posterior: Posterior, 
         for n, example in enumerate(data.test):
             tokens = len(example.ids) - int(example.target)
             rows.append({"id": example.id, "logp": float(result.log_prob[n]), "tokens": tokens})
-    write_atomically(output / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _lines(rows: Rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
