@@ -164,6 +164,9 @@ def test_several_runs_are_one_mixture(tiny_llama: Any, tmp_path: Path) -> None:
     assert same_trees([mixture.mean(), state_of(job)], [mixture.components[best].mean()] * 2)
     with pytest.raises(UserError, match=r"unknown method 'swagg'.*'swag'"):
         METHODS["mixture"](method="swagg")
+    for name in ("vbll", "temperature"):  # before any run
+        with pytest.raises(UserError, match=f"mixture: not of '{name}'"):
+            METHODS["mixture"](method=name)
     with pytest.raises(UserError, match="members must be at least 2, got 1"):
         METHODS["mixture"](members=1)
     with pytest.raises(UserError, match="leave the start of the job out"):

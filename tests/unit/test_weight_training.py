@@ -452,6 +452,16 @@ def test_members_resume_one_by_one(job: Job, tmp_path: Path) -> None:
         assert_same(a, b)
 
 
+def test_a_trained_adapter_has_no_members(job: Job) -> None:
+    """Another A under its B would be neither it nor new."""
+    MAP().fit(job)
+    before = weights(job.model)
+    for name in ("ensemble", "mixture"):
+        with pytest.raises(UserError, match=f"{name}: members are independent runs.*give a new adapter"):
+            METHODS[name]().fit(job)
+    assert_same(weights(job.model), before)
+
+
 def test_one_member_is_no_ensemble() -> None:
     with pytest.raises(UserError, match="members must be >= 2, got 1"):
         Ensemble(1)

@@ -31,6 +31,8 @@ class Ensemble:
     tensor as it was given; the first member keeps A as given too. Members resume one by one. The mean of the
     posterior, which stock PEFT loads, is its best member on held-out examples (the first without any).
 
+    UserError for a start, and for an adapter that is trained already (some B is not 0): it belongs to its own A.
+
     When not to use it: where one adapter at a time has to serve; for continual learning (particles have no density).
     """
 
@@ -43,7 +45,7 @@ class Ensemble:
     def fit(self, job: Job) -> tuple[Posterior, FitReport]:
         if job.start is not None:
             raise UserError("ensemble: every member begins anew, so a start has no meaning: leave it out")
-        given = {k: whole(v) for k, v in adapter_tensors(job.model, job.adapter).items()}
+        given = untrained(job, "ensemble")
         trees: list[Tree] = []
         losses, steps, seconds = [], 0, 0.0
         for m in range(self.members):
@@ -77,6 +79,18 @@ def member_seed(seed: int, member: int) -> int:
         return seed
     digest = hashlib.blake2b(f"member\x1f{seed}\x1f{member}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def untrained(job: Job, method: str) -> Tree:
+    """What the job's adapter holds. UserError where some B is not 0."""
+    given = {k: whole(v) for k, v in adapter_tensors(job.model, job.adapter).items()}
+    trained = next((k for k, v in given.items() if ".lora_B" in k and bool(v.any())), None)
+    if trained is not None:
+        raise UserError(
+            f"{method}: members are independent runs from an A of their own, and the adapter is trained already "
+            f"({trained!r} is not 0): give a new adapter"
+        )
+    return given
 
 
 def anew(given: Tree, seed: int) -> Tree:

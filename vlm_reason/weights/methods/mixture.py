@@ -15,8 +15,13 @@ from ...errors import UserError, nearest
 from ..families.mixture import Mixture
 from ..held_out import held_out_nll
 from ..job import FitReport, Job, Method
-from ..posterior import Posterior, adapter_tensors, whole
-from .ensemble import anew, member_seed, put
+from ..posterior import Posterior
+from .ensemble import anew, member_seed, put, untrained
+
+UNMIXED = {
+    "temperature": "its logits are divided by a temperature of their own: give method temperature the mixture",
+    "vbll": "it is uncertain of a head beside the adapter, and a mixture draws adapters alone",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class MixtureOf:
     mean is that of the run with the lowest NLL on held-out examples (the first without any).
 
     Costs M runs. When not to use it: with `map`, which is an `ensemble`; with methods that start from a given posterior
-    (laplace, tfb on job.start), whose runs would all be the same: UserError for a job with a start.
+    (laplace, tfb on job.start), whose runs would all be the same: UserError for a job with a start, and for an adapter
+    that is trained already. Of `vbll` and `temperature` there are no mixtures: scale a mixture instead.
     """
 
     method: str = "swag"
@@ -42,7 +48,7 @@ class MixtureOf:
         if job.start is not None:
             raise UserError("mixture: its runs have starts of their own; leave the start of the job out")
         method = self._build()
-        given = {k: whole(v) for k, v in adapter_tensors(job.model, job.adapter).items()}
+        given = untrained(job, "mixture")
         components: list[Posterior] = []
         reports: list[FitReport] = []
         for m in range(self.members):
@@ -69,4 +75,6 @@ class MixtureOf:
 
         if self.method == "mixture" or self.method not in METHODS:
             raise UserError(f"mixture: unknown method {self.method!r}{nearest(self.method, METHODS)}")
+        if self.method in UNMIXED:
+            raise UserError(f"mixture: not of {self.method!r}: {UNMIXED[self.method]}")
         return from_dict(METHODS[self.method], self.options, f"options of {self.method}")
