@@ -85,8 +85,10 @@ class Job:
 
 @dataclass(frozen=True)
 class FitReport:
-    """method: name; family: of the posterior; examples N; steps; seconds; train_nll: mean -log p(y) at the mean, nats
-    an example, None where not computed; held_out_nll: of the predictive; details: the method's own, JSON-able."""
+    """method: name; family: of the posterior; examples N; steps; seconds; train_nll: nats an example,
+    None where not computed: for methods that train the mean of what they minimised over the last tenth of the steps
+    (its penalties included), for laplace, core and vbll the mean of -log p(y) over the examples at the mean of the
+    posterior; not for comparing methods. held_out_nll: of the predictive; details: the method's own, JSON-able."""
 
     method: str
     family: str
