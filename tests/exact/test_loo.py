@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,6 +101,19 @@ def test_a_cold_posterior_is_warmed_up() -> None:
     ):
         found = cold.loo(ridge.model, ridge.data, ridge.likelihood)
         torch.testing.assert_close(found.shift, warm.shift, atol=1e-6, rtol=1e-5)
+
+
+def test_a_sigma_too_wide_for_the_data_is_said_once() -> None:
+    """Leverage is V / noise^2: of the exact posterior below 1, of one a hundred times as wide above it for some."""
+    ridge = Ridge(40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = ridge.posterior().loo(ridge.model, ridge.data, ridge.likelihood)
+    count = int((100 * right.leverage >= 1).sum())
+    assert 0 < count and float(right.leverage.max()) < 1
+    with pytest.warns(UserWarning, match=f"{count} of 40 examples have leverage >= 1.*do not trust") as said:
+        ridge.posterior(0.01).loo(ridge.model, ridge.data, ridge.likelihood)
+    assert len(said) == 1
 
 
 def test_the_adapter_is_left_as_it_was() -> None:

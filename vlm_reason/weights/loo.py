@@ -19,6 +19,7 @@ A posterior of temperature N / lambda, tempered by tau, has Sigma too small by l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -99,6 +100,8 @@ def loo(
 
     The model is run at the mean; its adapter is left as it was found. N is the posterior's, else len(data).
 
+    Warns where examples have leverage >= 1: the estimate is not to be trusted then.
+
     UserError without data, for an unknown mode, for a posterior without uncertainty, and for what a family lacks.
 
     When not to use it: for data that are not the training data; where draws are far from linear in the weights; with
@@ -132,7 +135,15 @@ def loo(
             else:
                 f, v = _sampled(posterior, model, batch, likelihood, n, seed, adapter)
             parts.append(left_out(f, scale * v, batch, likelihood, temperature, newton, mode))
-    return _in_order(parts, [e.id for e in data])
+    found = _in_order(parts, [e.id for e in data])
+    wide = int((found.leverage >= 1).sum())
+    if wide:
+        warnings.warn(
+            f"leave-one-out: {wide} of {len(data)} examples have leverage >= 1: Sigma is too wide to hold their own "
+            "curvature (no posterior of these data, or too few draws); do not trust the figure",
+            stacklevel=3,
+        )
+    return found
 
 
 def best_checkpoint(
