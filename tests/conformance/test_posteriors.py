@@ -635,7 +635,7 @@ def fitted(base: Any, name: str, seed: int = 0) -> tuple[Posterior, FitReport, P
     torch.manual_seed(7)
     with torch.no_grad():  # past its first steps: with B at 0 the draws of some families do not differ
         for key, value in adapter_tensors(model).items():
-            if "lora_B" in key:
+            if "lora_B" in key and name not in ("ensemble", "mixture"):  # which begin with new adapters
                 value.copy_(0.1 * torch.randn_like(value))
     torch.manual_seed(100 + seed)  # what the caller left there must not matter
     job = Job(
