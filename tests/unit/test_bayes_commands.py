@@ -384,7 +384,10 @@ def test_what_cannot_be_predicted_is_one_line(folder: Path, capfd: pytest.Captur
 
     assert said("eval_task=null") == "the config has no section 'eval_task': it names the problems to predict"
     message = said("dtype=bfloat16")
-    assert "the posterior was fitted on a base model with hash" in message and "load that model" in message
+    about = json.loads((folder / "run" / "posterior" / "posterior_config.json").read_text())["origin"]
+    assert (about["model"], about["dtype"]) == ("model", "float32")
+    assert f"fitted on a base model with hash {about['base']} (model, float32), this one has " in message
+    assert message.endswith("(model, bfloat16): load that model, in that dtype")
     assert "predictive.mode: unknown 'bached'; did you mean 'batched'?" in said("predictive.mode=bached")
     assert "holds no posterior: posterior_config.json is missing" in said(of=folder / "model")
     assert not (folder / "out").exists()
@@ -508,6 +511,28 @@ def test_merge(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "exists and is not an empty folder" in again
     asked = ["bayes", "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "x"]
     assert "unknown config key 'spce'; did you mean 'space'?" in refused(capfd, *asked, "spce=delta")
+
+
+def test_a_point_outweighs_what_is_uncertain_and_that_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sure, unsure = gaussian(0.1, 1), gaussian(0.2, 2)
+    point = DiagonalGaussian(sure.adapter_config, sure.mean(), {}, sure.origin)
+    for name, q in (("point", point), ("unsure", unsure), ("again", point)):
+        q.save(tmp_path / name)
+    asked = ["bayes", "merge", tmp_path / "unsure"]
+    result = ask(capfd, *asked, tmp_path / "point", "-o", tmp_path / "both")
+    (line,) = result["warnings"]
+    assert line.startswith("merge: posterior 1 is certain of every weight and others are not: it outweighs")
+    merged = Posterior.load(tmp_path / "both")
+    assert merged.uncertain() == [] and all(torch.equal(merged.mean()[k], v) for k, v in point.mean().items())
+    result = ask(capfd, *asked, tmp_path / "unsure", f"base={tmp_path / 'point'}", "-o", tmp_path / "on")
+    assert "the base is certain of every weight" in result["warnings"][0]
+    assert main([*map(str, asked), str(tmp_path / "point"), "-o", str(tmp_path / "shown"), "--quiet"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"warning: {line}"
+    for pair in (("point", "again"), ("unsure", "unsure")):
+        folders = [tmp_path / name for name in pair]
+        assert ask(capfd, "bayes", "merge", *folders, "-o", tmp_path / f"{pair[0]}2")["warnings"] == []
 
 
 # --------------------------------------------------------------------------------------------------- help and recipes

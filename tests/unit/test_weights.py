@@ -284,6 +284,22 @@ def test_another_base_model_or_rank_is_refused(saved: Any, tmp_path: Path) -> No
         Posterior.load(tmp_path / "nowhere")
 
 
+def test_a_posterior_of_before_names_were_kept_loads(saved: Any) -> None:
+    folder, base, q = saved
+    about = json.loads((folder / "posterior_config.json").read_text())
+    for key in ("model", "dtype"):
+        about["origin"].pop(key)
+    (folder / "posterior_config.json").write_text(json.dumps(about))
+    old = Posterior.load(folder, base)
+    assert (old.origin.model, old.origin.dtype) == (None, None) and old.origin.base == q.origin.base
+    base.config._name_or_path = "hub/name"
+    assert (old.origin.on(base).model, old.origin.on(base).dtype) == ("hub/name", "float32")
+    with pytest.raises(
+        UserError, match=rf"with hash {old.origin.base}, this one has \w+ \(hub/name, bfloat16\)"
+    ):
+        old.check_base(copy.deepcopy(base).bfloat16())
+
+
 def test_a_base_model_that_has_an_adapter_in_it_is_refused_as_that(saved: Any) -> None:
     folder, base, q = saved
     used = copy.deepcopy(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -265,11 +266,18 @@ def _merge(options: argparse.Namespace) -> Result:
     if len(folders) < 2:
         raise UserError(f"merging takes at least two posteriors, got {len(folders)}")
     base = None if s.base is None else Posterior.load(s.base)
-    merged, report = merge(
-        [Posterior.load(f) for f in folders], base, s.alphas, s.delta0, s.space, s.same_init, s.rank
-    )
+    posteriors = [Posterior.load(f) for f in folders]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged, report = merge(posteriors, base, s.alphas, s.delta0, s.space, s.same_init, s.rank)
     merged.save(options.output)
-    return {"output": options.output, "of": folders, "family": merged.family, "report": to_dict(report)}
+    return {
+        "output": options.output,
+        "of": folders,
+        "family": merged.family,
+        "report": to_dict(report),
+        "warnings": [str(warning.message) for warning in caught],
+    }
 
 
 def _show_merge(result: Result) -> None:
@@ -278,6 +286,8 @@ def _show_merge(result: Result) -> None:
     if kept:
         rows.append(("least kept", _cell(min(kept.values()))))
     console().print(table(f"merged: {result['output']}", ("", "value"), rows))
+    for line in result["warnings"]:
+        console().print(f"warning: {line}", highlight=False, markup=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- inspect

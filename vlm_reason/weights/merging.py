@@ -18,6 +18,7 @@ the updates s B A themselves.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -82,7 +83,8 @@ def merge(
     Tensors other than LoRA factors (whole modules) are merged weight by weight in both.
 
     UserError for different base models, keys, shapes or output temperatures; different gauges; weights that are certain
-    of different values; families without a diagonal precision.
+    of different values; families without a diagonal precision. A point mass among uncertain posteriors is the result,
+    whatever its alpha: a warning says so.
 
     When not to use it: where the data of all tasks can be trained on together. Precisions from a few examples, or of
     lambda far from N, weigh the tasks wrongly against one another.
@@ -108,6 +110,7 @@ def merge(
     origin = _joint_origin(posteriors, base, delta0, sigma)
     priors = [_merged_prior(posteriors, base, delta0, key) for key in mean]
     report = MergeReport(len(posteriors), space, alignment, (min(priors), max(priors)))
+    _warn_of_points(members, len(posteriors))
     return DiagonalGaussian(first, mean, sigma, origin), report
 
 
@@ -164,6 +167,18 @@ def _with_certain(
         fixed = torch.where(certain, mean.double(), fixed)
     free = fixed.isnan()
     return torch.where(free, value, fixed), torch.where(free, spread, 0.0)
+
+
+def _warn_of_points(members: Sequence[Posterior], tasks: int) -> None:
+    """`members` are the tasks' posteriors, and behind them the base where there is one."""
+    points = [n for n, p in enumerate(members) if not p.mean().keys() & set(p.uncertain())]
+    if points and len(points) < len(members):
+        name = f"posterior {points[0]}" if points[0] < tasks else "the base"
+        warnings.warn(
+            f"merge: {name} is certain of every weight and others are not: it outweighs them all and is the result. "
+            "Put a posterior around it first (laplace, tfb), or merge points with points",
+            stacklevel=3,
+        )
 
 
 def _merged_prior(
@@ -386,6 +401,8 @@ def _joint_origin(
     prior = {} if base is not None else {k: _merged_prior(posteriors, base, delta0, k) for k in sigma}
     return Origin(
         base=members[0].base,
+        model=members[0].model,
+        dtype=members[0].dtype,
         ess=sum(ess) if len(ess) == len(members) else None,
         data_size=sum(sizes) if len(sizes) == len(members) else None,
         temper=_joint_temper(posteriors),

@@ -15,7 +15,7 @@ import json
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
@@ -63,7 +63,8 @@ if TYPE_CHECKING:
 class Origin:
     """base: hash of the base model's weights, None if unknown. ess: lambda. data_size: N, None if unknown. temper: the
     product of all tempering since the fit. prior: precision of the zero-mean Gaussian prior by key; flat at 0.
-    output_temperature: logits are divided by it in every prediction."""
+    output_temperature: logits are divided by it in every prediction. model, dtype: name (of an absolute path
+    the last part) and dtype of the base model, None if unknown; for people, `base` decides."""
 
     base: str | None = None
     ess: float | None = None
@@ -72,6 +73,13 @@ class Origin:
     temper: float = 1.0
     prior: Mapping[str, float] = field(default_factory=dict)
     output_temperature: float = 1.0
+    model: str | None = None
+    dtype: str | None = None
+
+    def on(self, model: nn.Module) -> Origin:
+        """With the name and the dtype of the base of `model`."""
+        name, dtype = _name_and_dtype(model)
+        return replace(self, model=name, dtype=dtype)
 
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -122,7 +130,9 @@ class Posterior(ABC):
                 raise UserError(f"unknown method {method!r}{nearest(method, METHODS)}")
             method = METHODS[method]()
         job = Job(model, data, likelihood, training or Training(), held_out, start, seed, adapter)
-        return method.fit(job)
+        posterior, report = method.fit(job)
+        posterior.origin = posterior.origin.on(model)
+        return posterior, report
 
     # ------------------------------------------------------------------------------------------ what a family gives
 
@@ -369,9 +379,10 @@ class Posterior(ABC):
                     "this base model has an adapter's layers in it, which PEFT puts in place: give the PeftModel that "
                     "was made of it, or load the base model anew"
                 )
+            theirs, ours = (self.origin.model, self.origin.dtype), _name_and_dtype(model)
             raise UserError(
-                f"the posterior was fitted on a base model with hash {self.origin.base}, this one has {found}: "
-                "load that model, in that dtype"
+                f"the posterior was fitted on a base model with hash {_described(self.origin.base, theirs)}, this one "
+                f"has {_described(found, ours)}: load that model, in that dtype"
             )
 
     def attach(self, model: nn.Module, adapter: str = "default") -> PeftModel:
@@ -431,9 +442,27 @@ def base_fingerprint(model: nn.Module) -> str:
     """`fingerprint_weights` of the base model, also through the adapters that were put on it."""
     if not isinstance(model, PeftModel):
         return fingerprint_weights(model)
-    adapters = {id(p) for name in model.peft_config for p in adapter_tensors(model, name).values()}
-    named = ((n, p) for n, p in model.named_parameters() if id(p) not in adapters)
-    return fingerprint_parameters((_name_in_base(n), p) for n, p in named)
+    return fingerprint_parameters((_name_in_base(n), p) for n, p in _base_parameters(model))
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Without those of the adapters."""
+    names = model.peft_config if isinstance(model, PeftModel) else ()
+    adapters = {id(p) for name in names for p in adapter_tensors(cast(PeftModel, model), name).values()}
+    return ((n, p) for n, p in model.named_parameters() if id(p) not in adapters)
+
+
+def _name_and_dtype(model: nn.Module) -> tuple[str | None, str | None]:
+    """Of the base of `model`: the name it was loaded by (of an absolute path the last part), dtype."""
+    given = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    name = Path(given).name if Path(given).is_absolute() else given
+    dtype = next((str(p.dtype).removeprefix("torch.") for _, p in _base_parameters(model)), None)
+    return name or None, dtype
+
+
+def _described(base: str, about: tuple[str | None, str | None]) -> str:
+    known = [part for part in about if part]
+    return f"{base} ({', '.join(known)})" if known else base
 
 
 def peft_config_dict(model: PeftModel, adapter: str) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def _fitted(config: BayesConfig, job: Job, output: Path) -> tuple[Posterior, dic
     folder = output / POSTERIOR
     if not together(folder.is_dir)[0]:
         posterior, report = config.method_settings().fit(job)
+        posterior.origin = posterior.origin.on(job.model)
 
         def write() -> None:
             if rank() == 0:

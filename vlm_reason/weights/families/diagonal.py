@@ -93,7 +93,7 @@ class DiagonalGaussian(Posterior):
         first = groups[0]
         origin = Origin(
             base_fingerprint(model), first["ess"], optimizer.data_size, first["updates"], 1.0, prior
-        )
+        ).on(model)
         certain = {key: whole(p) for key, p in tensors.items() if key not in mean}
         return cls(peft_config_dict(model, adapter), {**certain, **mean}, sigma, origin)
 
