@@ -366,7 +366,10 @@ def test_predict_says_what_the_fit_said(folder: Path, capfd: pytest.CaptureFixtu
     alone = ask(capfd, "bayes", "predict", run / "posterior", "--data", folder / "run.yaml")
     assert alone["metrics"] == result["metrics"] and alone["output"] is None
     assert files_of(run) == before
-    if method == "ivon":  # one draw, or the mean, is another prediction of the same problems
+    if method == "vbll":
+        message = refused(capfd, "bayes", "export", run, "-o", folder / "draws")
+        assert "no draws of adapters" in message and not (folder / "draws").exists()
+    if method == "ivon":  # the mean is another prediction of the same problems
         mean = ask(capfd, *asked, "predictive.mode=mean")["metrics"]
         assert mean["mutual_information"]["value"] == 0 and mean["nll"] != result["metrics"]["nll"]
         assert ask(capfd, *asked, "eval_task.limit=4")["problems"] == 3  # r0 is trained on
