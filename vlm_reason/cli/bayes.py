@@ -181,7 +181,7 @@ def _show_predict(result: Result) -> None:
 
 _EXPORT = """\
 Draws of a posterior as plain PEFT adapters: members of suites, LoRAs for vLLM. FOLDER gets draw000,
-draw001, ...; the same seed gives the same draws, and more of them begin with the same ones."""
+draw001, ...; the same seed gives the same draws."""
 
 _EXPORT_EXAMPLES = """\
 examples:

@@ -22,10 +22,10 @@ _MOST = 1_000_000
 
 def inspect(folder: str | Path) -> dict[str, Any]:
     """family, base (hash), its model (name) and dtype, data_size N, ess lambda, temperature N / lambda, temper,
-    output_temperature, updates; sizes; prior (precisions and how many tensors have each); kl_to_prior in nats, None where there is
-    none in closed form; quantiles over the uncertain weights of sigma and sigma / |mean| (`sigma_from`: the diagonal of the covariance, or
-    the standard deviation of 32 draws where the family does not give it); tensors (shape and median sigma of each, a
-    last layer's among them as `head`).
+    output_temperature, updates; sizes; prior (precisions and how many tensors have each); kl_to_prior in nats, None
+    where there is none in closed form; quantiles over the uncertain weights of sigma and sigma / |mean| (`sigma_from`:
+    the diagonal of the covariance, or the standard deviation of 32 draws where the family does not give it); tensors
+    (shape and median sigma of each, a last layer's among them as `head`).
 
     UserError as `Posterior.load`.
     """
