@@ -241,3 +241,13 @@ def test_what_is_no_prior(tasks: list[Task]) -> None:
         prior_penalty(start.prune(0.6), 20)
     with pytest.raises(UserError, match="at least 1, got 0"):
         prior_penalty(start, 0)
+
+
+def test_the_prior_of_a_tempered_posterior_is_tempered_too() -> None:
+    """A posterior N(0, 1 / (h + 2)) tempered by 2 has curvature 2 h: its prior's precision is 4 by then."""
+    h = torch.tensor([2.0, 14.0, 23.0])
+    zero = {"a": torch.zeros(3)}
+    new = DiagonalGaussian({}, zero, {"a": (h + 2).rsqrt()}, Origin(prior={"a": 2.0}))
+    old = DiagonalGaussian({}, zero, {"a": torch.ones(3)}, Origin())
+    whole = with_prior_precision(new.temper(2), old)
+    torch.testing.assert_close(whole.precision_diag()["a"], 2 * h + 1)

@@ -119,10 +119,12 @@ def with_prior_precision(posterior: DiagonalGaussian, start: Posterior | None) -
     old, own = start.precision_diag(), posterior.precision_diag()
     same_keys(old, own, "the posterior and its prior are not over the same adapter")
     sigma = {}
+    made = posterior.origin
     for key in posterior.uncertain():
-        curvature = (own[key].double() - posterior.origin.prior.get(key, 0.0)).clamp_min(0)
+        prior = made.temper * made.prior.get(key, 0.0)  # tempering divides the prior's variance too
+        curvature = (own[key].double() - prior).clamp_min(0)
         was = old[key].double()
         known = torch.where(was.isinf(), own[key].double(), curvature + was)
         sigma[key] = known.rsqrt().float()
-    origin = replace(posterior.origin, prior={})
+    origin = replace(made, prior={})
     return DiagonalGaussian(posterior.adapter_config, posterior.mean(), sigma, origin)
