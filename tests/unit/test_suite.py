@@ -495,6 +495,8 @@ def test_the_suites_of_the_project_are_valid() -> None:
     assert {p.stem for p in found} >= {"arithmetic", "math_words", "choices", "reasoning", "hub"}
     for path in found:
         assert path.read_text().startswith(f"# vlm-reason eval evals/suites/{path.name}")
+        if path.stem == "bayes_lora":  # compares posteriors: tests/unit/test_weight_suite.py
+            continue
         config = from_dict(SuiteConfig, load_config(path))
         assert config.suite == path.stem and config.rank in METHODS
         for task in config.tasks:

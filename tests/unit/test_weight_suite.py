@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_reason.config import from_dict
+from vlm_reason.config import from_dict, load_config, to_dict
 from vlm_reason.errors import UserError
 from vlm_reason.evaluation import weight_suite
 from vlm_reason.evaluation.weight_suite import WeightSuite, run_weight_suite
@@ -175,3 +175,29 @@ def test_the_plot_is_written(config: dict[str, Any], tmp_path: Path) -> None:
     result = run(config, only=["a"])
     path = plot(result["rows"], "map", tmp_path / "plot.png")
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_the_suite_of_the_project_is_valid() -> None:
+    path = Path(__file__).resolve().parents[2] / "evals" / "suites" / "bayes_lora.yaml"
+    suite = from_dict(WeightSuite, load_config(path))
+    assert set(suite.sets) == {"sst2", "trec", "arc_easy", "openbookqa", "syllogism"}
+    assert {m.method for m in suite.methods.values()} == {
+        "map", "temperature", "dropout", "ensemble", "laplace", "tfb", "blob", "ivon", "swag", "vbll"
+    }  # fmt: skip
+
+
+def test_the_published_figures_follow_the_suite() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = json.loads((root / "evals" / "results" / "bayes_lora.json").read_text())
+    suite = from_dict(WeightSuite, load_config(root / "evals" / "suites" / "bayes_lora.yaml"))
+    assert (
+        found["config"]["methods"] == to_dict(suite)["methods"]
+        and found["config"]["sets"] == to_dict(suite)["sets"]
+    )
+    assert {(r["set"], r["method"]) for r in found["rows"]} == {
+        (s, m) for s in suite.sets for m in suite.methods
+    }
+    assert all(r["seeds"] == [0, 1, 2] for r in found["rows"])
+    page = (root / "docs" / "weights.md").read_text()
+    for row in found["rows"]:
+        assert f"{row['nll']['value']:.3f} ± " in page, (row["set"], row["method"])

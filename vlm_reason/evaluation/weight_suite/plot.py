@@ -19,7 +19,9 @@ def plot(rows: Sequence[Mapping[str, Any]], reference: str, path: str | Path) ->
     sets = list(dict.fromkeys(row["set"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     size = (3.2 * len(sets), 0.6 + 0.28 * len(methods) * len(SHOWN))
-    figure, axes = plt.subplots(len(SHOWN), len(sets), figsize=size, squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        len(SHOWN), len(sets), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     for column, name in enumerate(sets):
         own = {row["method"]: row for row in rows if row["set"] == name}
         for line, (metric, label) in enumerate(SHOWN):
@@ -41,7 +43,6 @@ def plot(rows: Sequence[Mapping[str, Any]], reference: str, path: str | Path) ->
             axis.set_xlabel(label, fontsize=8)
             if line == 0:
                 axis.set_title(name, fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return Path(path)
