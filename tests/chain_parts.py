@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from vlm_reason.weights import Choice, Example, Job, Training
+from vlm_reason.weights.adapter import adapter_tensors, whole
 from vlm_reason.weights.artefact import Tree
 from vlm_reason.weights.examples import Batch
-from vlm_reason.weights.posterior import adapter_tensors, whole
 
 
 class Stopped(Exception):

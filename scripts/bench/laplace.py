@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from vlm_reason.models.load import load_model
 from vlm_reason.weights import Choice, Example, Job, Training
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.curvature import (
     Accumulator,
     CoreCurvature,
@@ -32,7 +33,7 @@ from vlm_reason.weights.curvature import (
     collect,
 )
 from vlm_reason.weights.curvature.shapes import Centre, KroneckerShape
-from vlm_reason.weights.posterior import Origin, adapter_tensors, peft_config_dict
+from vlm_reason.weights.posterior import Origin
 from vlm_reason.weights.training import train
 
 MEMORY_BAR, DENSE_BAR, TIME_BAR = 2.0, 0.25, 2.5

@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from vlm_reason.models.load import load_model
 from vlm_reason.weights import Choice, DiagonalGaussian, Example, Origin
-from vlm_reason.weights.posterior import adapter_tensors, peft_config_dict
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.predictive import generate
 
 SHORT_BAR, TOP_BAR = 1.3, 2.5

@@ -31,6 +31,7 @@ from vlm_reason.weights import (
     Posterior,
     Training,
 )
+from vlm_reason.weights.adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.core import CoreGaussian
 from vlm_reason.weights.families.full import FullGaussian
@@ -41,7 +42,6 @@ from vlm_reason.weights.families.masks import Masks
 from vlm_reason.weights.families.mixture import Mixture
 from vlm_reason.weights.families.particles import Particles
 from vlm_reason.weights.jacobians import jacobians
-from vlm_reason.weights.posterior import adapter_tensors, base_fingerprint, peft_config_dict
 
 IDS = torch.arange(4, 40).view(2, 18)
 LIKELIHOOD = Choice((5, 9, 11))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from vlm_reason.weights import Example, Job
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.curvature import LowRank
 from vlm_reason.weights.curvature.evidence import Spectrum, best_delta, best_deltas_dense
 from vlm_reason.weights.examples import Batch
 from vlm_reason.weights.families.gaussian import BlockGaussian, Dense
 from vlm_reason.weights.families.kronecker import Kronecker
 from vlm_reason.weights.methods.laplace import Laplace
-from vlm_reason.weights.posterior import adapter_tensors
 
 N, IN, OUT, RANK, NOISE = 40, 7, 4, 3, 0.3
 KEY = "base_model.model.linear.lora_B.weight"

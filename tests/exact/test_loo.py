@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from tests.linear_parts import DOWN, UP, Linear, linear_model, rows, up_of
 from vlm_reason.errors import UserError
 from vlm_reason.weights import Choice, DiagonalGaussian, Example, Origin, Regression, Tokens, in_batches
+from vlm_reason.weights.adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from vlm_reason.weights.loo import best_checkpoint, left_out, loo
-from vlm_reason.weights.posterior import adapter_tensors, base_fingerprint, peft_config_dict
 
 
 class Full(DiagonalGaussian):

@@ -12,12 +12,13 @@ from torch import Tensor
 from tests.linear_parts import DOWN, UP, Linear, linear_model, rows, up_of
 from vlm_reason.errors import UserError
 from vlm_reason.weights import IVON, DiagonalGaussian, Job, Origin, Regression, Training
+from vlm_reason.weights.adapter import base_fingerprint, peft_config_dict
 from vlm_reason.weights.continual import prior_loss, prior_penalty, start_from, with_prior_precision
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.merging import merge
 from vlm_reason.weights.methods.ivon import IVON as IVONMethod
 from vlm_reason.weights.methods.map import MAP
-from vlm_reason.weights.posterior import Posterior, base_fingerprint, peft_config_dict
+from vlm_reason.weights.posterior import Posterior
 from vlm_reason.weights.training import negative_log_likelihood, train
 
 NOISE, PRIOR, FEATURES = 0.5, 3.0, 5

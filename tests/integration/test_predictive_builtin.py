@@ -15,8 +15,8 @@ from vlm_reason.compat.vllm import installed_version
 from vlm_reason.engines.launch import vllm_environment
 from vlm_reason.models.load import load_model
 from vlm_reason.weights import Choice, DiagonalGaussian, Example, Origin
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.per_row import decoder_layers
-from vlm_reason.weights.posterior import adapter_tensors, peft_config_dict
 from vlm_reason.weights.predictive import generate
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]

@@ -18,7 +18,7 @@ from vlm_reason.engines.hf import HFEngine
 from vlm_reason.models.builtin import ensure_builtin
 from vlm_reason.models.load import load_model
 from vlm_reason.weights import DiagonalGaussian, Origin
-from vlm_reason.weights.posterior import adapter_tensors, peft_config_dict
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.predictive import generate
 
 TEXTS = ("The capital of France is", "Question: Which gas do plants take in from the air?\nAnswer:")

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.chain_parts import Stopped, examples, same_trees, state_of, stop_after, tiny_job
 from vlm_reason.errors import UserError
 from vlm_reason.weights import Choice, Job, Origin
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.particles import Particles
 from vlm_reason.weights.methods.batch_ensemble import BatchEnsemble, RankOneFactors, members_of
-from vlm_reason.weights.posterior import adapter_tensors
 
 LIKELIHOOD = Choice((3, 5, 7))
 

@@ -24,10 +24,10 @@ from vlm_reason.weights import (
     Training,
     make_batch,
 )  # fmt: skip
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.flipout import flipout, row_noise
 from vlm_reason.weights.methods import blob
 from vlm_reason.weights.methods.blob import BLoB, noisy_layers
-from vlm_reason.weights.posterior import adapter_tensors
 
 LIKELIHOOD = Choice((3, 5, 7))
 

@@ -15,13 +15,13 @@ from transformers import LlamaForCausalLM
 
 from vlm_reason.errors import UserError
 from vlm_reason.weights import DiagonalGaussian, Example, Job, Posterior
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.curvature import CoreCurvature, collect
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.core import CoreGaussian
 from vlm_reason.weights.jacobians import jacobians
 from vlm_reason.weights.likelihoods import Choice
 from vlm_reason.weights.methods.core import Core
-from vlm_reason.weights.posterior import adapter_tensors
 
 CHOICE = Choice((3, 5, 7))
 RANK = 3

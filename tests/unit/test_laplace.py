@@ -17,13 +17,13 @@ from transformers import LlamaForCausalLM
 
 from vlm_reason.errors import UserError
 from vlm_reason.weights import METHODS, DiagonalGaussian, Example, Job, Posterior, Training
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.curvature import DiagonalCurvature, FullCurvature, KroneckerCurvature, collect
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.full import FullGaussian
 from vlm_reason.weights.families.kronecker import KroneckerGaussian, as_matrix
 from vlm_reason.weights.likelihoods import BradleyTerry, Choice, Likelihood, Regression, Tokens
 from vlm_reason.weights.methods.laplace import Laplace
-from vlm_reason.weights.posterior import adapter_tensors
 
 CHOICE = Choice((3, 5, 7))
 

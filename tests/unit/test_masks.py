@@ -16,12 +16,12 @@ from torch import Tensor
 
 from vlm_reason.errors import UserError
 from vlm_reason.weights import Choice, Example, Job, Origin, Tokens, Training
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.masks import Masks, binary_entropy
 from vlm_reason.weights.methods.concrete_dropout import ConcreteDropout, mask_divergence, relaxed_keep
 from vlm_reason.weights.methods.dropout import Dropout, SequenceMasks, mask_sizes, masked
 from vlm_reason.weights.methods.rank_masks import RankMasks
-from vlm_reason.weights.posterior import adapter_tensors
 
 KEY = "layer.lora_A.weight"
 LIKELIHOOD = Choice((5, 9, 11))

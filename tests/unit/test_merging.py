@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vlm_reason.errors import UserError
 from vlm_reason.weights import METHODS, Choice, DiagonalGaussian, Example, Job, Origin, Training
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.families.masks import Masks
 from vlm_reason.weights.families.particles import Particles
 from vlm_reason.weights.merging import alignment, merge, truncated
-from vlm_reason.weights.posterior import adapter_tensors
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 CONFIG = {"r": 3, "lora_alpha": 6, "peft_type": "LORA"}

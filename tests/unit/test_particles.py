@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests.chain_parts import adapted, examples, same_trees, state_of, tiny_job
 from vlm_reason.errors import UserError
 from vlm_reason.weights import Choice, Origin, Posterior
+from vlm_reason.weights.adapter import base_fingerprint, peft_config_dict
 from vlm_reason.weights.artefact import Tree
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.particles import Particles, in_proportion
-from vlm_reason.weights.posterior import base_fingerprint, peft_config_dict
 
 CONFIG = {"peft_type": "LORA", "r": 2}
 

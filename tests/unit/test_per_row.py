@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vlm_reason.compat.peft import draws_as_adapters, plain_lora_keys
 from vlm_reason.errors import UserError
 from vlm_reason.weights import Choice, DiagonalGaussian, Example, Origin, Regression, make_batch
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.jacobians import jacobians
 from vlm_reason.weights.per_row import decoder_layers, draws_in_rows, in_head, row_update, stack
-from vlm_reason.weights.posterior import adapter_tensors, peft_config_dict
 
 IDS = torch.tensor([[5, 9, 30, 7, 11], [8, 2, 60, 41, 3], [6, 6, 12, 13, 14]])
 

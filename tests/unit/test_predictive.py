@@ -26,10 +26,10 @@ from vlm_reason.weights import (
     Tokens,
     make_batch,
 )
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.families.particles import Particles
 from vlm_reason.weights.jacobians import jacobians
 from vlm_reason.weights.per_row import decoder_layers
-from vlm_reason.weights.posterior import adapter_tensors, peft_config_dict
 from vlm_reason.weights.predictive import draws as draws_module
 from vlm_reason.weights.predictive import generate
 from vlm_reason.weights.predictive.draws import half_width

@@ -25,11 +25,11 @@ from vlm_reason.weights import (
     Tokens,
     make_batch,
 )  # fmt: skip
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.column_basis import column_basis
 from vlm_reason.weights.methods.tfb import TFB
 from vlm_reason.weights.noise_scale import NoiseScale, Point, completed, predict
 from vlm_reason.weights.noisy_adapter import NoisyAdapter
-from vlm_reason.weights.posterior import adapter_tensors
 
 LIKELIHOOD = Choice((3, 5, 7))
 IDS = torch.arange(10, 46).view(2, 18)

@@ -10,8 +10,8 @@ import torch
 from vlm_reason.errors import UserError
 from vlm_reason.models.adapters import AdapterConfig, add_adapters
 from vlm_reason.weights import Choice, Example, Job, Training
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.methods.map import MAP
-from vlm_reason.weights.posterior import adapter_tensors
 from vlm_reason.weights.trunk import above_trunk, first_adapted_layer
 
 LABELS = Choice((3, 5, 7))

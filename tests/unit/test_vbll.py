@@ -30,11 +30,11 @@ from vlm_reason.weights import (
     Training,
     make_batch,
 )
+from vlm_reason.weights.adapter import adapter_tensors
 from vlm_reason.weights.families.last_layer import HEAD, LastLayer
 from vlm_reason.weights.heads.backbone import Backbone, states
 from vlm_reason.weights.methods.map import point
 from vlm_reason.weights.methods.vbll import VBLL
-from vlm_reason.weights.posterior import adapter_tensors
 
 LABELS = Choice((5, 9, 11))
 

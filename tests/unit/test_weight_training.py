@@ -28,6 +28,7 @@ from vlm_reason.weights import (
     Training,
     suggest_settings,
 )
+from vlm_reason.weights.adapter import adapter_tensors, peft_config_dict
 from vlm_reason.weights.callback import IVONCallback
 from vlm_reason.weights.examples import make_batch
 from vlm_reason.weights.families.particles import Particles
@@ -39,7 +40,7 @@ from vlm_reason.weights.methods.ivon import IVON as IVONMethod
 from vlm_reason.weights.methods.map import MAP
 from vlm_reason.weights.methods.rank_masks import RankMasks
 from vlm_reason.weights.methods.temperature import Temperature, best_temperature, scale, split_off
-from vlm_reason.weights.posterior import Origin, adapter_tensors, peft_config_dict
+from vlm_reason.weights.posterior import Origin
 from vlm_reason.weights.training import (
     AdapterTrainer,
     micro_batches,

@@ -22,7 +22,7 @@ from vlm_reason.evaluation.suite import SuiteConfig
 from vlm_reason.evaluation.suite_run import run_suite
 from vlm_reason.models.load import fingerprint_weights
 from vlm_reason.weights import FAMILIES, IVON, DiagonalGaussian, Origin, Posterior
-from vlm_reason.weights.posterior import adapter_tensors, base_fingerprint
+from vlm_reason.weights.adapter import adapter_tensors, base_fingerprint
 
 IDS = torch.arange(4, 40).view(2, 18)
 

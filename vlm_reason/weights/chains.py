@@ -13,12 +13,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from .adapter import adapter_tensors, base_fingerprint, peft_config_dict, whole
 from .artefact import Tree
 from .continual import start_from
 from .families.particles import Particles
 from .held_out import held_out_nll
 from .job import FitReport, Job
-from .posterior import Origin, adapter_tensors, base_fingerprint, peft_config_dict, whole
+from .posterior import Origin
 from .samplers import CyclicalSchedule
 from .training import MakeOptimizer, train
 

@@ -22,12 +22,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..errors import UserError
+from .adapter import adapter_tensors, same_keys
 from .artefact import Tree
 from .examples import Batch
 from .families.diagonal import DiagonalGaussian
 from .job import Job
 from .likelihoods import Likelihood
-from .posterior import Posterior, adapter_tensors, same_keys
+from .posterior import Posterior
 from .training import Loss, negative_log_likelihood
 
 

@@ -15,10 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..compat.peft import Update, lora_updates
+from .adapter import adapter_tensors
 from .examples import Batch
 from .likelihoods import Likelihood
 from .per_row import A, B, row_update
-from .posterior import adapter_tensors
 
 
 def jacobians(

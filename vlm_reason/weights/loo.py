@@ -30,11 +30,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .adapter import adapter_tensors
 from .examples import Batch, Example, in_batches
 from .families.last_layer import LastLayer
 from .jacobians import jacobians
 from .likelihoods import Likelihood, Tokens
-from .posterior import Posterior, adapter_tensors
+from .posterior import Posterior
 
 Mode = Literal["auto", "closed_form", "linearised", "sampled"]
 MODES: tuple[str, ...] = get_args(Mode)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .adapter import same_keys
 from .artefact import Tree
 from .families.diagonal import DiagonalGaussian
-from .posterior import Origin, Posterior, same_keys
+from .posterior import Origin, Posterior
 
 Space = Literal["parameters", "delta"]
 SPACES: tuple[str, ...] = get_args(Space)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .adapter import adapter_tensors, base_fingerprint, peft_config_dict, whole
 from .artefact import Tree, check_finite
 from .column_basis import column_basis
 from .examples import Batch, Example, in_batches, make_batch
 from .families.diagonal import DiagonalGaussian
 from .job import Job
 from .per_row import A, B, decoder_layers, draws_in_rows, stack
-from .posterior import Origin, adapter_tensors, base_fingerprint, peft_config_dict, whole
+from .posterior import Origin
 
 CHECKED = 4
 """Examples on which the rotated adapter must say what the given one says."""

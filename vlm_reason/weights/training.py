@@ -30,11 +30,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ..engines.processes import rank, together, world
 from ..errors import UserError
+from .adapter import adapter_tensors
 from .checkpoints import Checkpoint, latest, saved_atomically
 from .examples import Batch, Example, make_batch
 from .job import Job
 from .likelihoods import Likelihood
-from .posterior import adapter_tensors
 
 Loss = Callable[[PeftModel, Batch, Likelihood], Tensor]
 """Mean over the batch's examples; what does not depend on the data (KL / N) is in it once, at full size."""

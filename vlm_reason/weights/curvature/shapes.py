@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys
 from ..artefact import Tree
 from ..families.core import CoreGaussian
 from ..families.diagonal import DiagonalGaussian
@@ -21,7 +22,7 @@ from ..families.full import FullGaussian
 from ..families.gaussian import Dense
 from ..families.kronecker import Kronecker, KroneckerGaussian
 from ..per_row import A
-from ..posterior import Origin, Posterior, same_keys
+from ..posterior import Origin, Posterior
 from .accumulators import CoreCurvature, DiagonalCurvature, FullCurvature, KroneckerCurvature
 from .evidence import Spectrum, best_deltas, best_deltas_dense
 

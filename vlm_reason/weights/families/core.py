@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import whole
 from ..artefact import Tree
 from ..per_row import A
-from ..posterior import Origin, whole
+from ..posterior import Origin
 from .gaussian import BlockGaussian, Dense
 
 FACTOR = ".core_factor"

@@ -19,17 +19,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict, same_keys, whole
 from ..artefact import Tree, check_finite
 from ..noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
-from ..posterior import (
-    Origin,
-    Posterior,
-    adapter_tensors,
-    base_fingerprint,
-    peft_config_dict,
-    same_keys,
-    whole,
-)
+from ..posterior import Origin, Posterior
 
 if TYPE_CHECKING:
     from ..ivon import IVON

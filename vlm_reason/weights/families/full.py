@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree
-from ..posterior import Origin, same_keys, whole
+from ..posterior import Origin
 from .diagonal import DiagonalGaussian
 from .gaussian import BlockGaussian, Dense, kl_to_diagonal
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
 from ..noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
-from ..posterior import Origin, Posterior, same_keys, whole
+from ..posterior import Origin, Posterior
 from .diagonal import DiagonalGaussian
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree
 from ..per_row import B
-from ..posterior import Origin, same_keys, whole
+from ..posterior import Origin
 from .diagonal import DiagonalGaussian
 from .gaussian import BlockGaussian, kl_to_diagonal
 

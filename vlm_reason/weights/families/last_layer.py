@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import adapter_tensors, whole
 from ..artefact import Tree, check_finite
 from ..examples import Batch, Example, in_batches
 from ..heads import FeatureDensity, FeatureMap, Head
@@ -28,7 +29,7 @@ from ..heads.backbone import States, device_of, states
 from ..heads.reward import pessimistic
 from ..likelihoods import BradleyTerry, Choice, Likelihood, Regression, last_hidden
 from ..noise import BLOCK, POSTERIOR, Draw, antithetic_sign
-from ..posterior import Origin, Posterior, adapter_tensors, whole
+from ..posterior import Origin, Posterior
 from ..predictive import Predictive
 
 HEAD = "head"

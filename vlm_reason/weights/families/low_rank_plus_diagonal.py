@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
 from ..noise import POSTERIOR, Draw, antithetic_sign
-from ..posterior import Origin, Posterior, same_keys, whole
+from ..posterior import Origin, Posterior
 from .diagonal import SCALE, DiagonalGaussian
 
 FACTOR = ".lowrank"

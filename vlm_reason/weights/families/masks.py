@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
 from ..noise import BLOCK, POSTERIOR, Draw
-from ..posterior import Origin, Posterior, same_keys, whole
+from ..posterior import Origin, Posterior
 
 Axis = Literal["columns", "ranks"]
 AXES: tuple[str, ...] = get_args(Axis)

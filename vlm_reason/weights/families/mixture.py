@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import whole
 from ..artefact import Tree
 from ..noise import POSTERIOR, Draw
-from ..posterior import Origin, Posterior, whole
+from ..posterior import Origin, Posterior
 from .particles import WEIGHTS, check_alike, checked_weights, in_proportion, weighted_mean
 
 

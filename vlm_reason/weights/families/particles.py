@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
 from ..noise import POSTERIOR, Draw
-from ..posterior import Origin, Posterior, same_keys, whole
+from ..posterior import Origin, Posterior
 
 WEIGHTS = "weights"
 _NAMED = re.compile(r"s(\d+)\.(.+)")

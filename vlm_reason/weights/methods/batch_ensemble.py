@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from ...compat.peft import Update, lora_updates
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict, whole
 from ..artefact import Tree
 from ..chains import check_method
 from ..continual import start_from
@@ -33,7 +34,7 @@ from ..job import FitReport, Job
 from ..likelihoods import Likelihood
 from ..noise import REQUESTED, Draw
 from ..per_row import A, B, by_row
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict, whole
+from ..posterior import Origin, Posterior
 from ..training import negative_log_likelihood, train
 
 

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from ...compat.peft import lora_updates
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from ..continual import start_from
 from ..examples import Batch
 from ..families.diagonal import DiagonalGaussian
@@ -31,7 +32,7 @@ from ..held_out import held_out_nll
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood
 from ..per_row import A
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
+from ..posterior import Origin, Posterior
 from ..training import negative_log_likelihood, train
 
 

@@ -19,12 +19,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..adapter import adapter_tensors
 from ..continual import start_from
 from ..examples import Batch
 from ..families.masks import AXES, FACTOR, Axis
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood
-from ..posterior import Posterior, adapter_tensors
+from ..posterior import Posterior
 from ..training import negative_log_likelihood, train
 from .dropout import SequenceMasks, check_probability, mask_report, mask_sizes, masked, masks_of
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict, whole
 from ..artefact import Tree
 from ..families.particles import Particles
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict, whole
+from ..posterior import Origin, Posterior
 from ..training import train
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from ...errors import UserError
 from .. import samplers
+from ..adapter import adapter_tensors, whole
 from ..artefact import Tree
 from ..chains import adapter_state, fit_chain, in_cycles
 from ..job import FitReport, Job
-from ..posterior import Posterior, adapter_tensors, whole
+from ..posterior import Posterior
 from ..training import planned_steps
 from .langevin import check_chain
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from ..continual import prior_loss, start_from
 from ..families.diagonal import DiagonalGaussian
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
+from ..posterior import Origin, Posterior
 from ..training import train
 
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from ..continual import check_not_scaled
 from ..curvature import Accumulator, collect
 from ..curvature.evidence import groups
@@ -24,7 +25,7 @@ from ..examples import Batch
 from ..families.diagonal import DiagonalGaussian
 from ..job import FitReport, Job
 from ..likelihoods import Likelihood, Tokens
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
+from ..posterior import Origin, Posterior
 from ..training import negative_log_likelihood, train
 
 Prior = Literal["evidence", "held_out", "fixed", "start"]

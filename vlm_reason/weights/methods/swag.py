@@ -22,13 +22,14 @@ import torch
 from transformers import TrainerCallback
 
 from ...errors import UserError
+from ..adapter import base_fingerprint, peft_config_dict
 from ..artefact import Tree
 from ..chains import SetEveryStep, adapter_state, check_method
 from ..continual import start_from
 from ..families.low_rank_plus_diagonal import LowRankPlusDiagonal
 from ..held_out import held_out_nll
 from ..job import FitReport, Job
-from ..posterior import Origin, Posterior, base_fingerprint, peft_config_dict
+from ..posterior import Origin, Posterior
 from ..training import planned_steps, train
 
 SCHEDULES = ("constant", "cyclic")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...errors import UserError
+from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict
 from ..continual import check_not_scaled, start_from
 from ..examples import Batch, make_batch
 from ..families.last_layer import LastLayer, kind_of
@@ -45,7 +46,7 @@ from ..heads.features import check_projection
 from ..heads.fit import elbo_of
 from ..job import FitReport, Job
 from ..likelihoods import Choice, Likelihood, Regression
-from ..posterior import Origin, Posterior, adapter_tensors, base_fingerprint, peft_config_dict
+from ..posterior import Origin, Posterior
 from ..training import train
 
 

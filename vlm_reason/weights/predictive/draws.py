@@ -15,11 +15,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...compat.peft import draws_as_adapters, mixes_saved_modules, plain_lora_keys
+from ..adapter import adapter_tensors
 from ..artefact import Tree
 from ..examples import Batch
 from ..likelihoods import BradleyTerry, Likelihood, Tokens
 from ..per_row import can_differ_by_row, draws_in_rows, in_head, stack
-from ..posterior import adapter_tensors
 from .result import entropy
 from .rows import Rows
 
