@@ -49,6 +49,10 @@ def launched(model: Path, processes: int, parallel: int, folder: Path) -> list[d
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
+    for stale in Path("/dev/shm").glob(
+        "-tp:0-*-cpushm_*"
+    ):  # vLLM's, of a run that was killed: it would refuse to start
+        stale.unlink(missing_ok=True)
     running = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
