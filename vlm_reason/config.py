@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -67,14 +67,32 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.shots < 0:
-            raise UserError(f"shots must be >= 0, got {self.shots}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
-        if not self.output_dir.strip():
-            raise UserError("output_dir is empty: name the folder of this run")
+        check_run_keys(self.shots, self.seed, self.output_dir)
         if self.ivon is not None and self.optim != "ivon":
             raise UserError("the section ivon has no meaning without optim: ivon")
+
+
+def check_run_keys(shots: int, seed: int, output_dir: str) -> None:
+    """What every kind of run has. UserError for the first out of range."""
+    if shots < 0:
+        raise UserError(f"shots must be >= 0, got {shots}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in [0, 2**32), got {seed}")
+    if not output_dir.strip():
+        raise UserError("output_dir is empty: name the folder of this run")
+
+
+def check_same_run(config: Any, folder: Path, may_change: Collection[str]) -> None:
+    """UserError naming the first key, but for `may_change`, in which `config` is not what `save_resolved` wrote into
+    `folder`."""
+    before = to_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    now = to_dict(config)
+    for key in sorted(now):
+        if key not in may_change and before.get(key) != now[key]:
+            raise UserError(
+                f"{folder} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: "
+                "choose another output_dir, or delete that folder to start over"
+            )
 
 
 # -------------------------------------------------------------------------------- reading

@@ -21,6 +21,16 @@ def world() -> int:
     return dist.get_world_size() if _several() else 1
 
 
+def check_one_gpu(visible: int) -> None:
+    """UserError for one process that sees several GPUs: transformers would wrap the model in `nn.DataParallel`."""
+    if visible > 1:
+        raise UserError(
+            f"one process trains on one GPU, and {visible} are visible: start one process a GPU, as in accelerate "
+            f"launch --config_file configs/accelerate/ddp.yaml --num_processes {visible} scripts/train.py --config "
+            "CONFIG, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized()
 

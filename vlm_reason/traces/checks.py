@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from ..engines.processes import check_one_gpu
 from ..errors import UserError
 from ..tasks.prompts import PromptBuilder
 from ..types import Problem
@@ -19,12 +20,7 @@ from .window import given_traces
 def check_devices(args: TraceConfig) -> None:
     """UserError for one process that sees several GPUs: the wrapper that transformers would take (`nn.DataParallel`)
     would take groups apart; and for FSDP2 in a process that no launcher started."""
-    if args.n_gpu > 1:
-        raise UserError(
-            f"one process trains on one GPU, and {args.n_gpu} are visible: start one process a GPU, as in accelerate "
-            f"launch --config_file configs/accelerate/ddp.yaml --num_processes {args.n_gpu} scripts/train.py --config "
-            "CONFIG, or choose one with CUDA_VISIBLE_DEVICES=0"
-        )
+    check_one_gpu(args.n_gpu)
     if args.fsdp2 and not dist.is_initialized():
         raise UserError(
             "trainer.fsdp2 spreads a model over processes, and this is the only one: start several with accelerate "

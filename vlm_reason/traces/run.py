@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from ..atomic import write_atomically
-from ..config import RunConfig, convert, from_dict, save_resolved, to_dict
+from ..config import RunConfig, check_same_run, convert, from_dict, save_resolved
 from ..errors import UserError
 from ..models.adapters import AdapterConfig
 from ..tasks.resolve import resolve_template
@@ -146,21 +146,8 @@ def resolve_verifier(name: str, spec: TaskSpec) -> Verifier:
 
 
 def _same_run_or_none(config: RunConfig, output_dir: Path) -> None:
-    written = output_dir / "config.yaml"
-    if not written.is_file():
-        return
-    import yaml
-
-    before, now = yaml.safe_load(written.read_text()), json.loads(json.dumps(to_dict(config)))
-    before = json.loads(json.dumps(before))
-    later = {"sampling", "evaluation", "eval_task"}  # read by other commands; they may change after training
-    different = sorted(key for key in now if key not in later and before.get(key) != now[key])
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{output_dir} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: "
-            "choose another output_dir, or delete that folder to start over"
-        )
+    if (output_dir / "config.yaml").is_file():  # what other commands read may change after training
+        check_same_run(config, output_dir, {"sampling", "evaluation", "eval_task"})
 
 
 def _save_result(trainer: TraceTrainer, output_dir: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ..config import from_dict
+from ..config import check_run_keys, from_dict
 from ..errors import UserError, nearest
 from ..models.adapters import AdapterConfig
 from .job import Method, Training
@@ -69,12 +69,7 @@ class BayesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.shots < 0:
-            raise UserError(f"shots must be >= 0, got {self.shots}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
-        if not self.output_dir.strip():
-            raise UserError("output_dir is empty: name the folder of this run")
+        check_run_keys(self.shots, self.seed, self.output_dir)
 
     # ---- the sections, checked and typed
 

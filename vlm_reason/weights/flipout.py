@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..compat.peft import Update, lora_updates
 from ..errors import UserError
-from .noise import TRAINING, Block, Draw, cut_into_blocks, for_each_block
+from .noise import TRAINING, Draw, normals
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,8 @@ def row_noise(
     outputs, inputs = {}, {}
     for name in shapes:
         outputs[name], inputs[name] = next(cut), next(cut)
-    return RowNoise(_normals(shapes, Draw(seed, TRAINING, step, draw), device), inputs, outputs)
-
-
-def _normals(shapes: Mapping[str, tuple[int, int]], draw: Draw, device: torch.device) -> dict[str, Tensor]:
-    tensors = [torch.empty(shape, device=device) for shape in shapes.values()]
-    spans, at = [], 0
-    for tensor in tensors:
-        spans.append((at, tensor.numel()))
-        at += tensor.numel()
-
-    def fill(block: Block) -> None:
-        values = draw.normal(block.number, block.stop, device)
-        for piece in block.pieces:
-            part = values[piece.offset : piece.offset + piece.hi - piece.lo]
-            tensors[piece.tensor].view(-1)[piece.lo : piece.hi] = part
-
-    for_each_block(cut_into_blocks(spans), device, fill)
-    return dict(zip(shapes, tensors, strict=True))
+    white = normals(list(shapes.values()), Draw(seed, TRAINING, step, draw), device)
+    return RowNoise(dict(zip(shapes, white, strict=True)), inputs, outputs)
 
 
 def _signs(seed: int, step: int, draw: int, row: str, count: int) -> np.ndarray:

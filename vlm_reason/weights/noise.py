@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 BLOCK = 65_536
 TRAINING, REQUESTED, POSTERIOR, ROUNDING = range(4)
 """Streams: the draws a gradient is taken at, those asked for by seed, those of a saved posterior, rounding bits."""
@@ -131,10 +133,40 @@ def for_each_block(blocks: Sequence[Block], device: torch.device, work: Callable
         torch.set_num_threads(threads)
 
 
+def normals(shapes: Sequence[tuple[int, ...]], draw: Draw, device: torch.device) -> list[Tensor]:
+    """White noise of these shapes, one behind the other in the global index, fp32."""
+    found = [torch.empty(shape, device=device) for shape in shapes]
+    spans, at = [], 0
+    for tensor in found:
+        spans.append((at, tensor.numel()))
+        at += tensor.numel()
+
+    def fill(block: Block) -> None:
+        noise = draw.normal(block.number, block.stop, device)
+        for piece in block.pieces:
+            target = found[piece.tensor].view(-1)[piece.lo : piece.hi]
+            target.copy_(noise[piece.offset : piece.offset + piece.hi - piece.lo])
+
+    for_each_block(cut_into_blocks(spans), device, fill)
+    return found
+
+
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
     """fp32 -> bf16, up with a probability equal to the fraction of the gap covered, so E[result] = values. `bits`:
     uniform integers below 2^16. Not for values within a factor 2^-8 of the largest float."""
     return (values.view(torch.int32) + bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def check_draws(n: int) -> int:
+    """n. UserError below 1."""
+    if n < 1:
+        raise UserError(f"the number of draws must be at least 1, got {n}")
+    return n
+
+
+def signed_draws(n: int, antithetic: bool) -> list[tuple[int, float]]:
+    """(number of the noise, its sign) of n draws; antithetic: in opposite pairs. UserError below 1."""
+    return [antithetic_sign(k) if antithetic else (k, 1.0) for k in range(check_draws(n))]
 
 
 def antithetic_sign(k: int) -> tuple[int, float]:

@@ -42,6 +42,7 @@ from .artefact import (
     tensor_bytes,
     write_folder,
 )
+from .noise import check_draws
 
 if TYPE_CHECKING:
     from .examples import Batch, Example
@@ -349,7 +350,7 @@ class Posterior(ABC):
 
     def export_samples(self, n: int, folder: str | Path, seed: int, antithetic: bool = False) -> list[Path]:
         """n draws as plain PEFT adapters `folder/draw000`, `draw001`, ... in a new or empty folder."""
-        names = [f"draw{k:03d}" for k in range(_at_least_one(n))]
+        names = [f"draw{k:03d}" for k in range(check_draws(n))]
 
         def files() -> Iterator[tuple[str, bytes]]:
             for name, tree in zip(names, self.sample(n, seed, antithetic), strict=True):
@@ -417,9 +418,3 @@ class Posterior(ABC):
             config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         return config
-
-
-def _at_least_one(n: int) -> int:
-    if n < 1:
-        raise UserError(f"the number of draws must be at least 1, got {n}")
-    return n

@@ -19,12 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..atomic import write_atomically
-from ..config import save_resolved, to_dict
+from ..config import check_same_run, save_resolved, to_dict
 from ..engines.make import note
 from ..engines.processes import rank, together
 from ..errors import UserError
@@ -208,16 +207,8 @@ def _same_run_or_none(config: BayesConfig, output: Path) -> None:
     written = output / CONFIG
     if not written.is_file():
         raise UserError(f"{output} holds a run without its {CONFIG}: choose another output_dir")
-    before = json.loads(json.dumps(yaml.safe_load(written.read_text())))
-    now = json.loads(json.dumps(to_dict(config)))
-    free = {"output_dir"} if (output / SUMMARY).exists() else {"output_dir", "predictive", "eval_task"}
-    different = sorted(key for key in now if key not in free and before.get(key) != now[key])
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{output} holds a run with {key} = {before.get(key)!r}, this one has {now[key]!r}: "
-            "choose another output_dir, or delete that folder to start over"
-        )
+    unread = set() if (output / SUMMARY).exists() else {"predictive", "eval_task"}
+    check_same_run(config, output, {"output_dir"} | unread)
 
 
 def finite(value: Any) -> Any:

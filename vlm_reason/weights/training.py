@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..engines.processes import rank, together, world
+from ..engines.processes import check_one_gpu, rank, together, world
 from ..errors import UserError
 from .adapter import adapter_tensors
 from .checkpoints import Checkpoint, latest, saved_atomically
@@ -176,11 +176,7 @@ def _no_accelerator() -> bool:
 
 def _one_device(args: TrainingArguments) -> torch.device:
     device = args.device
-    if args.n_gpu > 1:
-        raise UserError(
-            f"one process trains on one GPU, and {args.n_gpu} are visible: start one process a GPU with accelerate "
-            "launch, or set CUDA_VISIBLE_DEVICES"
-        )
+    check_one_gpu(args.n_gpu)
     return device
 
 
@@ -217,19 +213,6 @@ def _identity(
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
-class _Steps(torch.utils.data.Dataset):
-    """One item an optimiser step; `step_members` says what it trains on."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return {"step": index}
-
-
 def _first(rows: Sequence[dict[str, int]]) -> dict[str, int]:
     return rows[0]
 
@@ -245,7 +228,7 @@ class AdapterTrainer(Trainer):
         self.identity: dict[str, Any] = {}
         self.stateful: list[Any] = []
         self._saving_to: Path | None = None
-        self._steps = _Steps(steps)
+        self._steps: Any = [{"step": n} for n in range(steps)]  # `step_members` says what each trains on
         super().__init__(
             model=job.model, args=args, train_dataset=self._steps, data_collator=_first,
             optimizers=(optimizer, None), callbacks=list(callbacks),

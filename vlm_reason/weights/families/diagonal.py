@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import adapter_tensors, base_fingerprint, peft_config_dict, same_keys, whole
 from ..artefact import Tree, check_finite
-from ..noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
+from ..noise import POSTERIOR, Draw, normals, signed_draws
 from ..posterior import Origin, Posterior
 
 if TYPE_CHECKING:
@@ -98,29 +98,14 @@ class DiagonalGaussian(Posterior):
         return {k: v.clone() for k, v in self._sigma.items()}
 
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
-        return (self._draw(seed, *(antithetic_sign(k) if antithetic else (k, 1.0))) for k in range(n))
+        return (self._draw(seed, number, sign) for number, sign in signed_draws(n, antithetic))
 
     def _draw(self, seed: int, number: int, sign: float) -> Tree:
         tree = self.mean()
-        keys = list(self._sigma)
-        spans, at = [], 0
-        for key in keys:
-            spans.append((at, self._sigma[key].numel()))
-            at += self._sigma[key].numel()
-        draw = Draw(seed, POSTERIOR, 0, number)
-        cpu = torch.device("cpu")
-
-        def perturb(block: Block) -> None:
-            normals = draw.normal(block.number, block.stop, cpu)
-            for piece in block.pieces:
-                key = keys[piece.tensor]
-                sigma = self._sigma[key].view(-1)[piece.lo : piece.hi]
-                noise = normals[piece.offset : piece.offset + piece.hi - piece.lo]
-                tree[key].view(-1)[piece.lo : piece.hi].addcmul_(sigma, noise, value=sign)
-
-        for_each_block(cut_into_blocks(spans), cpu, perturb)
+        shapes = [tuple(sigma.shape) for sigma in self._sigma.values()]
+        white = normals(shapes, Draw(seed, POSTERIOR, 0, number), torch.device("cpu"))
+        for (key, sigma), z in zip(self._sigma.items(), white, strict=True):
+            tree[key].addcmul_(sigma, z, value=sign)
         return tree
 
     def log_prob(self, tree: Mapping[str, Tensor]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
-from ..noise import POSTERIOR, Block, Draw, antithetic_sign, cut_into_blocks, for_each_block
+from ..noise import POSTERIOR, Draw, normals, signed_draws
 from ..posterior import Origin, Posterior
 from .diagonal import DiagonalGaussian
 
@@ -91,13 +91,12 @@ class BlockGaussian(Posterior):
         return {k: v.clone() for k, v in self._mean.items()}
 
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
-        return (self._draw(seed, *(antithetic_sign(k) if antithetic else (k, 1.0))) for k in range(n))
+        return (self._draw(seed, number, sign) for number, sign in signed_draws(n, antithetic))
 
     def _draw(self, seed: int, number: int, sign: float) -> Tree:
         tree = self.mean()
-        white = normals([p.shape for p in self._blocks.values()], Draw(seed, POSTERIOR, 0, number))
+        shapes = [p.shape for p in self._blocks.values()]
+        white = normals(shapes, Draw(seed, POSTERIOR, 0, number), torch.device("cpu"))
         for (name, precision), z in zip(self._blocks.items(), white, strict=True):
             self._moved(tree, name, precision.root(z) * sign)
         return tree
@@ -213,25 +212,6 @@ class Dense:
     def _solve(self, right: Tensor, transpose: bool) -> Tensor:
         factor = self.factor.to(right.dtype)
         return torch.linalg.solve_triangular(factor.mT if transpose else factor, right, upper=transpose)
-
-
-def normals(shapes: list[tuple[int, ...]], draw: Draw) -> list[Tensor]:
-    """White noise of these shapes, one behind the other in the global index, fp32 CPU."""
-    found = [torch.empty(shape) for shape in shapes]
-    spans, at = [], 0
-    for tensor in found:
-        spans.append((at, tensor.numel()))
-        at += tensor.numel()
-    cpu = torch.device("cpu")
-
-    def fill(block: Block) -> None:
-        noise = draw.normal(block.number, block.stop, cpu)
-        for piece in block.pieces:
-            target = found[piece.tensor].view(-1)[piece.lo : piece.hi]
-            target.copy_(noise[piece.offset : piece.offset + piece.hi - piece.lo])
-
-    for_each_block(cut_into_blocks(spans), cpu, fill)
-    return found
 
 
 def kl_to_diagonal(precision: Precision, apart: Tensor, theirs: Tensor) -> float:

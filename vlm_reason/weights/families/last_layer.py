@@ -28,7 +28,7 @@ from ..heads import covariance as covariances
 from ..heads.backbone import States, device_of, states
 from ..heads.reward import pessimistic
 from ..likelihoods import BradleyTerry, Choice, Likelihood, Regression, last_hidden
-from ..noise import BLOCK, POSTERIOR, Draw, antithetic_sign
+from ..noise import POSTERIOR, Draw, normals, signed_draws
 from ..posterior import Origin, Posterior
 from ..predictive import Predictive
 
@@ -105,12 +105,9 @@ class LastLayer(Posterior):
 
     def sample_heads(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
         """n draws {"head": w [C, F]}; the same draw for the same seed whatever n is."""
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
         shape = self.head.outputs, self.head.covariance.noise_size
-        for k in range(n):
-            number, sign = antithetic_sign(k) if antithetic else (k, 1.0)
-            noise = _normals(Draw(seed, POSTERIOR, 0, number), math.prod(shape)).view(shape)
+        for number, sign in signed_draws(n, antithetic):
+            (noise,) = normals([shape], Draw(seed, POSTERIOR, 0, number), torch.device("cpu"))
             yield {HEAD: self.head.draw(sign * noise)}
 
     def log_prob(self, tree: Mapping[str, Tensor]) -> float:
@@ -366,9 +363,3 @@ def _numbered(examples: Sequence[Example]) -> list[Example]:
     if not examples:
         raise UserError("no examples: give at least one")
     return [replace(e, id=str(n)) for n, e in enumerate(examples)]
-
-
-def _normals(draw: Draw, count: int) -> Tensor:
-    cpu = torch.device("cpu")
-    blocks = range(-(-count // BLOCK))
-    return torch.cat([draw.normal(b, min(BLOCK, count - b * BLOCK), cpu) for b in blocks])

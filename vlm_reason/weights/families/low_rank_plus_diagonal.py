@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
-from ..noise import POSTERIOR, Draw, antithetic_sign
+from ..noise import POSTERIOR, Draw, signed_draws
 from ..posterior import Origin, Posterior
 from .diagonal import SCALE, DiagonalGaussian
 
@@ -69,12 +69,12 @@ class LowRankPlusDiagonal(Posterior):
         return {k: v.clone() for k, v in self._factor.items()}
 
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
+        signed = signed_draws(n, antithetic)
         diagonal = self._diagonal.sample(n, seed, antithetic)
-        return (self._shifted(tree, seed, k, antithetic) for k, tree in enumerate(diagonal))
+        return (self._shifted(tree, seed, *draw) for tree, draw in zip(diagonal, signed, strict=True))
 
-    def _shifted(self, tree: Tree, seed: int, place: int, antithetic: bool) -> Tree:
+    def _shifted(self, tree: Tree, seed: int, number: int, sign: float) -> Tree:
         """tree + U z2."""
-        number, sign = antithetic_sign(place) if antithetic else (place, 1.0)
         z = sign * Draw(seed, POSTERIOR, 1, number).normal(0, self.rank, torch.device("cpu"))
         for key, u in self._factor.items():
             tree[key] += torch.tensordot(z, u, 1)

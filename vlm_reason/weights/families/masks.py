@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
-from ..noise import BLOCK, POSTERIOR, Draw
+from ..noise import BLOCK, POSTERIOR, Draw, check_draws
 from ..posterior import Origin, Posterior
 
 Axis = Literal["columns", "ranks"]
@@ -70,8 +70,7 @@ class Masks(Posterior):
         return {k: v.clone() for k, v in self._mean.items()}
 
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
+        check_draws(n)
         if antithetic:
             self._lacks("antithetic draws: the opposite of a mask about the mean is no mask")
         return (self._draw(seed, number) for number in range(n))

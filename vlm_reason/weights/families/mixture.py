@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import whole
 from ..artefact import Tree
-from ..noise import POSTERIOR, Draw
+from ..noise import POSTERIOR, Draw, check_draws
 from ..posterior import Origin, Posterior
 from .particles import WEIGHTS, check_alike, checked_weights, in_proportion, weighted_mean
 
@@ -88,8 +88,7 @@ class Mixture(Posterior):
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
         """Components in the order of `in_proportion`, so a share w_k of the draws is of component k; each has noise of
         its own. antithetic: pairs stay in one component and lie opposite each other about that component's mean."""
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
+        check_draws(n)
         group = 2 if antithetic else 1
         order = [k for k in in_proportion(self.weights, -(-n // group), seed) for _ in range(group)][:n]
         seeds = [Draw(seed, POSTERIOR, 0, k).block_seed(0) for k in range(len(self))]

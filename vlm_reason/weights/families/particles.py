@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..adapter import same_keys, whole
 from ..artefact import Tree, check_finite
-from ..noise import POSTERIOR, Draw
+from ..noise import POSTERIOR, Draw, check_draws
 from ..posterior import Origin, Posterior
 
 WEIGHTS = "weights"
@@ -77,8 +77,7 @@ class Particles(Posterior):
 
     def sample(self, n: int, seed: int, antithetic: bool = False) -> Iterator[Tree]:
         """Particles in the order of `in_proportion`: K draws of K equal ones are each of them once."""
-        if n < 1:
-            raise UserError(f"the number of draws must be at least 1, got {n}")
+        check_draws(n)
         if antithetic:
             self._lacks("draws that lie opposite each other: leave antithetic out")
         chosen = in_proportion(self.weights, n, seed)

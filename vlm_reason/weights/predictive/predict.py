@@ -14,6 +14,7 @@ from torch import Tensor
 from ...engines.hf import evaluating
 from ...errors import UserError, nearest
 from ...models.adapters import use_adapter
+from ..artefact import Tree
 from ..examples import Batch, Example
 from ..likelihoods import Likelihood, Regression, Tokens
 from .draws import Outputs, Stop, adapter_kept, outputs_of_draws, way_of
@@ -149,7 +150,11 @@ class _Asked:
             self.posterior._lacks('covariance in closed form: link "probit" needs one')
         draws = list(self.posterior.sample(self.n, self.seed, self.antithetic)) if by_draws else None
         refuse_sequences(self.likelihood, mode)
-        m, found = linearised(
+        m, found = self._linearised(draws)
+        return self._summed(found, m, mode) if by_draws else self._gaussian(m, found, mode, self.link)
+
+    def _linearised(self, draws: list[Tree] | None) -> tuple[Tensor, Tensor]:
+        return linearised(
             self.posterior,
             self.model,
             self.rows,
@@ -159,7 +164,6 @@ class _Asked:
             self.memory,
             draws,
         )
-        return self._summed(found, m, mode) if by_draws else self._gaussian(m, found, mode, self.link)
 
     def closed_form(self) -> Predictive:
         refuse_sequences(self.likelihood, "closed_form")
@@ -169,16 +173,7 @@ class _Asked:
             self.posterior._lacks("predictive in closed form: use batched")
         if not self.posterior.uncertain():
             return self.of_mean("closed_form")
-        m, v = linearised(
-            self.posterior,
-            self.model,
-            self.rows,
-            self.likelihood,
-            self.adapter,
-            self.tokens,
-            self.memory,
-            None,
-        )
+        m, v = self._linearised(None)
         return self._gaussian(m, v, "closed_form", "probit")
 
     def _outputs(self) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..examples import Batch
 from ..likelihoods import BradleyTerry, Likelihood, Regression, Tokens
-from ..noise import Draw, antithetic_sign
+from ..noise import Draw, signed_draws
 from .result import Predictive, entropy, from_logits
 
 DRAWS_OF_OUTPUTS = 4096
@@ -111,7 +111,7 @@ def draws_of_outputs(m: Tensor, v: Tensor, n: int, seed: int) -> Tensor:
 @lru_cache(maxsize=4)
 def _pairs(seed: int, n: int, size: int) -> Tensor:
     cpu = torch.device("cpu")
-    signed = [antithetic_sign(k) for k in range(n)]
+    signed = signed_draws(n, antithetic=True)
     return torch.stack([sign * Draw(seed, OUTPUTS, 0, k).normal(0, size, cpu) for k, sign in signed])
 
 
